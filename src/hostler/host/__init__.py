@@ -1,0 +1,1 @@
+"""The host agent: one actor per VM, jobs, adoption of running VMs."""

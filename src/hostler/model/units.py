@@ -1,0 +1,36 @@
+"""Sizes as people write them. Bytes inside, always integers; binary units (1 GiB = 2**30), as QEMU counts."""
+
+from __future__ import annotations
+
+import re
+
+from hostler.model.errors import InvalidInput
+
+KiB = 1024
+MiB = 1024**2
+GiB = 1024**3
+TiB = 1024**4
+
+_SUFFIX = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB}
+_SIZE = re.compile(r"^\s*(\d{1,15})(?:\.(\d{1,6}))?\s*([bkmgt]?)(?:i?b)?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes for "512", "512M", "1.5 GiB", "10gb". Raises InvalidInput for anything else."""
+    match = _SIZE.match(text)
+    if match is None:
+        raise InvalidInput(f"size {text!r}", "is not a size", "write a number with K, M, G or T, for example 20G")
+    whole, fraction, suffix = match.groups()
+    unit = _SUFFIX[suffix.lower()]
+    extra = int(fraction) * unit // 10 ** len(fraction) if fraction else 0
+    return int(whole) * unit + extra
+
+
+def format_size(size: int) -> str:
+    """A short text such as "1.5 GiB"; exact below 1 KiB."""
+    value = float(size)
+    for suffix in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {suffix}" if value == int(value) else f"{value:.1f} {suffix}"
+        value /= 1024
+    return f"{value:.0f} TiB" if value == int(value) else f"{value:.1f} TiB"
