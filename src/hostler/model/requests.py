@@ -1,0 +1,154 @@
+"""What people and programs ask for: the bodies of the REST API, used as they are by the client and the CLI.
+
+Unknown fields are refused. Sizes in bytes. Everything optional that the host can choose is optional here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from hostler.model.base import Input
+from hostler.model.disk import Bus, CacheMode, ImageFormat, Media
+from hostler.model.migration import MigrationMode
+from hostler.model.nic import BridgeName, Mac, Network
+from hostler.model.principal import Role
+from hostler.model.vm import AbsolutePath, Autostart, Firmware, KernelBoot, Shutdown, StopAction
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+Notes = Annotated[str, StringConstraints(max_length=16_384)]
+Path = Annotated[AbsolutePath, StringConstraints(max_length=4096)]
+
+
+class DiskAdd(Input):
+    """A disk to attach: exactly one of `volume` (the name of a volume, or the absolute path of an image) and `device`
+    (a block device to pass through). Without `controller`/`unit` the first free address is taken. A path that is not
+    a known volume is recognised by its content; `format` must be given for raw images that are not known volumes."""
+
+    volume: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
+    device: Path | None = None
+    format: ImageFormat | None = None
+    bus: Bus = Bus.SCSI
+    controller: int | None = Field(default=None, ge=0, le=3)
+    unit: int | None = Field(default=None, ge=0, le=63)
+    media: Media = Media.DISK
+    read_only: bool = False
+    cache: CacheMode = CacheMode.NONE
+    discard: bool = True
+    serial: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,36}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.volume is None) == (self.device is None):
+            raise ValueError("give exactly one of 'volume' and 'device'")
+        if self.device is not None and self.format not in (None, ImageFormat.RAW):
+            raise ValueError("a passed-through device has no format")
+        return self
+
+
+class NicAdd(Input):
+    """A network adapter. Without `mac` one is made."""
+
+    network: Network = Network.USER
+    bridge: BridgeName | None = None
+    mac: Mac | None = None
+    queues: int = Field(default=1, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _bridge(self) -> Self:
+        if (self.network is Network.BRIDGE) != (self.bridge is not None):
+            raise ValueError("give 'bridge' exactly when the network is 'bridge'")
+        return self
+
+
+class VmCreate(Input):
+    name: Name
+    vcpus: int = Field(default=1, ge=1)
+    memory: int = Field(default=1024**3, ge=1024**2)
+    firmware: Firmware = Firmware.BIOS
+    secure_boot: bool = False
+    tpm: bool = False
+    kernel: KernelBoot | None = None
+    disks: tuple[DiskAdd, ...] = Field(default=(), max_length=260)
+    nics: tuple[NicAdd, ...] = Field(default=(), max_length=64)
+    scsi_controllers: int = Field(default=1, ge=0, le=4)
+    machine: str | None = None
+    cpu_model: str | None = None
+    autostart: Autostart = Autostart()
+    shutdown: Shutdown = Shutdown()
+    notes: Notes = ""
+
+
+class VmChange(Input):
+    """Fields left out stay as they are. Name, notes, autostart and shutdown change at once; the others need the VM to
+    be off, unless `when_off` asks to keep the change for the next start."""
+
+    name: Name | None = None
+    notes: Notes | None = None
+    autostart: Autostart | None = None
+    shutdown: Shutdown | None = None
+    vcpus: int | None = Field(default=None, ge=1)
+    memory: int | None = Field(default=None, ge=1024**2)
+    firmware: Firmware | None = None
+    tpm: bool | None = None
+    kernel: KernelBoot | None = None
+    scsi_controllers: int | None = Field(default=None, ge=0, le=4)
+
+
+class ShutdownRequest(Input):
+    """Overrides of the VM's own shutdown settings for this one time; `timeout` in seconds."""
+
+    timeout: int | None = Field(default=None, ge=1, le=86_400)
+    then: StopAction | None = None
+
+
+class MigrateRequest(Input):
+    """`host`: name or id of the target. `bandwidth` bytes/s (0: unlimited); `downtime_limit` ms."""
+
+    host: Name
+    mode: MigrationMode = MigrationMode.LIVE
+    bandwidth: int = Field(default=0, ge=0)
+    downtime_limit: int = Field(default=50, ge=1, le=60_000)
+    streams: int = Field(default=1, ge=1, le=64)
+
+
+class VolumeCreate(Input):
+    """A new volume. `path`: where (default: `<name>.<suffix>` in the host's volume directory); `source`: absolute path
+    of an image to copy, converting to `format`; then `size` may be left out or larger than the source's."""
+
+    name: Name
+    size: int | None = Field(default=None, ge=512)
+    format: ImageFormat = ImageFormat.QCOW2
+    path: Path | None = None
+    source: Path | None = None
+    source_format: ImageFormat | None = None
+
+    @model_validator(mode="after")
+    def _size(self) -> Self:
+        if self.size is None and self.source is None:
+            raise ValueError("give 'size', or a 'source' to copy")
+        return self
+
+
+class VolumeRegister(Input):
+    """An image that exists already becomes a volume, in place. `format` must be given for raw images."""
+
+    name: Name
+    path: Path
+    format: ImageFormat | None = None
+
+
+class InspectRequest(Input):
+    path: Path
+
+
+class TokenCreate(Input):
+    name: Name
+    role: Role = Role.VIEWER
+
+
+class JoinRequest(Input):
+    """`invitation` is the text that `hostler host invite` printed on the other host."""
+
+    invitation: Annotated[str, StringConstraints(min_length=1, max_length=2048)]
