@@ -1,0 +1,220 @@
+"""Disks that come and go while the VM runs.
+
+    absent --blockdev-add--> node without device --device_add--> attached
+    attached --device_del, DEVICE_DELETED--> node without device --blockdev-del--> absent
+
+Every function starts from any of the three: a daemon may have been killed between two commands.
+
+What QEMU 7.2 does, as measured: a disk on virtio-scsi goes 1 to 50 ms after device_del, whether the guest runs, is
+stopped, or has no operating system at all; the guest is told and cannot refuse. The waiting and GuestRefused are for
+devices whose guest can (PCI, ACPI) and for a QEMU that cannot finish (a request that hangs on dead storage).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, suppress
+
+from hostler.model.disk import Bus, Disk
+from hostler.model.errors import (
+    AlreadyExists,
+    BadImage,
+    GuestRefused,
+    HostlerError,
+    InUse,
+    NoSpace,
+    NotFound,
+    NotPermitted,
+    QemuFailed,
+    TimedOut,
+    WrongState,
+)
+from hostler.model.machine import MachineEvent
+from hostler.qemu import blockdev, commands
+from hostler.qemu.blockdev import Aio
+from hostler.qemu.qmp import EVENTS_LOST, QmpSession
+
+UNDO_TIMEOUT = 10.0
+"""Seconds an attach that failed may take to remove what it had made."""
+
+_RELEASE_PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Seconds between tries to delete a node: the device lets go of it a moment after DEVICE_DELETED."""
+
+_IMAGE_ERRORS: tuple[tuple[str, type[HostlerError], str, str], ...] = (
+    (" lock", InUse, "{path} is open in another program", "turn off the VM that has it, or detach it there"),
+    ("No such file", NotFound, "{path} does not exist", "look at the volume's path, and whether its share is mounted"),
+    ("Permission denied", NotPermitted, "QEMU may not open {path}", "look at the file's owner and access rights"),
+    ("Operation not permitted", NotPermitted, "QEMU may not open {path}", "look at the file's owner and access rights"),
+    ("No space left", NoSpace, "no space is left for {path}", "free some space"),
+    (
+        "mage is not in",
+        BadImage,
+        "{path} has not the format it is said to have",
+        "look at it with `hostler volume show`",
+    ),
+    ("orrupt", BadImage, "{path} is damaged", "repair it, or attach a copy"),
+    ("nvalid argument", BadImage, "{path} cannot be opened as it is said to be", "look at its format"),
+)
+"""Part of QEMU's text, and what it means. QEMU has no error classes for these."""
+
+
+async def attach_disk(qmp: QmpSession, disk: Disk, export: str | None = None, aio: Aio = "threads") -> None:
+    """Plug `disk` in; complete or nothing. Harmless when it is there already.
+
+    WrongState for an IDE disk; AlreadyExists when another image is plugged in under this id or at this address; InUse,
+    NotFound, NotPermitted, NoSpace or BadImage where the image is to blame, with `path`.
+    """
+    if disk.bus is Bus.IDE:
+        raise WrongState(
+            f"disk {disk.id}", "IDE takes no disk while the VM runs", "turn the VM off, or attach it on SCSI"
+        )
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(_drop_node, qmp, disk)
+        if await _make_node(qmp, disk, export, aio):
+            await _add_device(qmp, disk)
+        undo.pop_all()
+
+
+async def _make_node(qmp: QmpSession, disk: Disk, export: str | None, aio: Aio) -> bool:
+    """Make the node; False when the whole disk is there already. Tried without looking first: a look would cost a
+    round trip each time, for what nearly never is."""
+    options = blockdev.blockdev_options(disk, export, aio)
+    try:
+        await commands.blockdev_add(qmp, options)
+    except QemuFailed as error:
+        if "Duplicate nodes" not in error.cause:
+            raise _explained(disk, error) from error
+    else:
+        return True
+    if await _is_attached(qmp, disk, export):
+        return False
+    await commands.blockdev_del(qmp, blockdev.node_name(disk))
+    try:
+        await commands.blockdev_add(qmp, options)
+    except QemuFailed as error:
+        raise _explained(disk, error) from error
+    return True
+
+
+async def _add_device(qmp: QmpSession, disk: Disk) -> None:
+    try:
+        await commands.device_add(qmp, blockdev.device_options(disk))
+    except QemuFailed as error:
+        if "already exists" in error.cause or "lun already used" in error.cause:
+            raise AlreadyExists(
+                f"disk {disk.id}",
+                f"SCSI controller {disk.controller}, unit {disk.unit} is taken",
+                "choose another unit",
+            ) from error
+        raise _explained(disk, error) from error
+    except (TimedOut, asyncio.CancelledError):
+        # Nobody knows whether the device is there; the node alone cannot be dropped then.
+        await _remove_quietly(qmp, disk)
+        raise
+
+
+async def _is_attached(qmp: QmpSession, disk: Disk, export: str | None) -> bool:
+    """Whether the disk is completely there. AlreadyExists if its device is there with another image."""
+    if blockdev.device_id(disk) not in await commands.peripherals(qmp):
+        return False
+    file = (await commands.block_nodes(qmp)).get(blockdev.protocol_node_name(disk))
+    if export is None and file != disk.source.path:
+        raise AlreadyExists(f"disk {disk.id}", f"is attached with another image, {file}", "choose another id")
+    return True
+
+
+async def _drop_node(qmp: QmpSession, disk: Disk) -> None:
+    """Undo of the node. QEMU refuses while a device uses it, so a disk that was there before is never hurt; what
+    cannot be removed now, the next attach or detach of the same id removes."""
+    with suppress(HostlerError, TimeoutError):
+        async with asyncio.timeout(UNDO_TIMEOUT):
+            await commands.blockdev_del(qmp, blockdev.node_name(disk))
+
+
+async def _remove_quietly(qmp: QmpSession, disk: Disk) -> None:
+    with suppress(HostlerError, TimeoutError):
+        async with asyncio.timeout(UNDO_TIMEOUT):
+            await detach_disk(qmp, disk.id, UNDO_TIMEOUT)
+
+
+async def detach_disk(qmp: QmpSession, disk_id: str, timeout: float) -> None:
+    """Pull a disk out: asks the guest, waits up to `timeout` seconds, then closes the image.
+
+    GuestRefused when the guest does not let go; then the disk is still attached. Harmless when it is not there, and
+    repeatable after any failure.
+    """
+    events = qmp.events()
+    found = await commands.peripherals(qmp)
+    device = next((name for name in found if blockdev.disk_id(name) == disk_id), None)
+    if device is not None:
+        await _unplug(qmp, device)
+        event = await events.wait_for(lambda e: _tells_of(e, device), timeout)
+        if event is None or event.name != "DEVICE_DELETED":
+            await _refuse_if_there(qmp, disk_id, device, timeout)
+    await _release(qmp, disk_id)
+
+
+async def _unplug(qmp: QmpSession, device: str) -> None:
+    try:
+        await commands.device_del(qmp, device)
+    except QemuFailed as error:
+        # Gone between the look and now, or asked to go earlier: both end with the event, or with the look after it.
+        if error.details.get("error_class") != "DeviceNotFound" and "in the process of unplug" not in error.cause:
+            raise
+
+
+def _tells_of(event: MachineEvent, device: str) -> bool:
+    return event.name == EVENTS_LOST or (
+        event.name in ("DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR") and event.data.get("device") == device
+    )
+
+
+async def _refuse_if_there(qmp: QmpSession, disk_id: str, device: str, timeout: float) -> None:
+    """The event did not come or told of a refusal: the device list decides."""
+    if device in await commands.peripherals(qmp):
+        raise GuestRefused(
+            f"disk {disk_id}",
+            f"the guest did not let go of it within {timeout:g} s",
+            "unmount it in the guest and try again; turning the VM off always works",
+        )
+
+
+async def _release(qmp: QmpSession, node: str) -> None:
+    """Delete the node of a disk (it has the disk's id as its name)."""
+    for pause in (*_RELEASE_PAUSES, None):
+        try:
+            await commands.blockdev_del(qmp, node)
+            return
+        except QemuFailed as error:
+            if "Failed to find node" in error.cause:
+                return
+            if pause is None or "in use" not in error.cause:
+                raise
+            await asyncio.sleep(pause)
+
+
+async def attached_disks(qmp: QmpSession) -> frozenset[str]:
+    """Ids of the disks that are plugged in."""
+    found = (blockdev.disk_id(name) for name in await commands.peripherals(qmp))
+    return frozenset(disk_id for disk_id in found if disk_id is not None)
+
+
+async def io_failed(qmp: QmpSession) -> dict[str, str]:
+    """Disk id to io-status for the disks whose last I/O failed."""
+    failed: dict[str, str] = {}
+    for device in await commands.query_block(qmp):
+        # qdev is the id, or the QOM path of what is behind the id (CD drives, floppies).
+        disk_id = blockdev.disk_id(str(device.get("qdev", "")).removeprefix(f"{commands.PERIPHERALS}/").split("/")[0])
+        status = str(device.get("io-status", "ok"))
+        if disk_id is not None and status != "ok":
+            failed[disk_id] = status
+    return failed
+
+
+def _explained(disk: Disk, error: QemuFailed) -> HostlerError:
+    """The error as one about the image, where QEMU's text says that it is."""
+    for text, kind, cause, advice in _IMAGE_ERRORS:
+        if text in error.cause:
+            path = disk.source.path
+            return kind(f"disk {disk.id}", cause.format(path=path), advice, path=path, qemu=error.cause)
+    return error
