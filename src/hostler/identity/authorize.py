@@ -1,0 +1,111 @@
+"""THE table: every endpoint and what a caller needs to use it, and the one function that decides.
+
+An endpoint that does not stand here does not start (the REST edge checks its routes against it), so that nothing is
+ever open because somebody forgot to close it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from hostler.model.errors import NotAuthenticated, NotPermitted
+from hostler.model.principal import Permission, Principal
+
+
+class Access(StrEnum):
+    """What stands in the table where no permission is asked for."""
+
+    AUTHENTICATED = "authenticated"
+    """Anybody who is known."""
+    INVITED = "invited"
+    """Nobody is known yet: the one-time secret inside the body is checked by the operation itself."""
+
+
+Rule = Permission | Access
+
+_P = Permission
+
+TABLE: dict[str, Rule] = {
+    "GET /v1/version": Access.AUTHENTICATED,
+    # hosts
+    "GET /v1/host": _P.VIEW,
+    "GET /v1/hosts": _P.VIEW,
+    "GET /v1/limits": _P.VIEW,
+    "POST /v1/hosts/invitations": _P.ADMINISTER,
+    "POST /v1/hosts/join": _P.ADMINISTER,
+    "DELETE /v1/hosts/{host}": _P.ADMINISTER,
+    # vms
+    "GET /v1/vms": _P.VIEW,
+    "POST /v1/vms": _P.CONFIGURE,
+    "GET /v1/vms/{vm}": _P.VIEW,
+    "PATCH /v1/vms/{vm}": _P.CONFIGURE,
+    "DELETE /v1/vms/{vm}": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/start": _P.OPERATE,
+    "POST /v1/vms/{vm}/pause": _P.OPERATE,
+    "POST /v1/vms/{vm}/resume": _P.OPERATE,
+    "POST /v1/vms/{vm}/save": _P.OPERATE,
+    "POST /v1/vms/{vm}/restore": _P.OPERATE,
+    "POST /v1/vms/{vm}/discard-saved": _P.OPERATE,
+    "POST /v1/vms/{vm}/turn-off": _P.OPERATE,
+    "POST /v1/vms/{vm}/reset": _P.OPERATE,
+    "POST /v1/vms/{vm}/shutdown": _P.OPERATE,
+    "POST /v1/vms/{vm}/migrate": _P.OPERATE,
+    "POST /v1/vms/{vm}/migrate/check": _P.VIEW,
+    "GET /v1/vms/{vm}/screenshot": _P.VIEW,
+    "WEBSOCKET /v1/vms/{vm}/serial": _P.OPERATE,
+    "WEBSOCKET /v1/vms/{vm}/vnc": _P.OPERATE,
+    "POST /v1/vms/{vm}/disks": _P.CONFIGURE,
+    "DELETE /v1/vms/{vm}/disks/{disk}": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/nics": _P.CONFIGURE,
+    "DELETE /v1/vms/{vm}/nics/{nic}": _P.CONFIGURE,
+    # volumes
+    "GET /v1/volumes": _P.VIEW,
+    "POST /v1/volumes": _P.CONFIGURE,
+    "POST /v1/volumes/register": _P.CONFIGURE,
+    # Reads any path that the daemon can read, hence not for viewers.
+    "POST /v1/volumes/inspect": _P.CONFIGURE,
+    "GET /v1/volumes/{volume}": _P.VIEW,
+    "DELETE /v1/volumes/{volume}": _P.CONFIGURE,
+    # jobs and events
+    "GET /v1/jobs": _P.VIEW,
+    "GET /v1/jobs/{job}": _P.VIEW,
+    "POST /v1/jobs/{job}/cancel": _P.OPERATE,
+    "GET /v1/events": _P.VIEW,
+    # tokens
+    "GET /v1/tokens": _P.ADMINISTER,
+    "POST /v1/tokens": _P.ADMINISTER,
+    "DELETE /v1/tokens/{token}": _P.ADMINISTER,
+    # host to host
+    "POST /peer/v1/join": Access.INVITED,
+    "GET /peer/v1/facts": _P.PEER,
+    "POST /peer/v1/check": _P.PEER,
+    "POST /peer/v1/incoming": _P.PEER,
+    "GET /peer/v1/incoming/{id}": _P.PEER,
+    "POST /peer/v1/incoming/{id}/accept": _P.PEER,
+    "DELETE /peer/v1/incoming/{id}": _P.PEER,
+    "GET /peer/v1/outgoing/{id}": _P.PEER,
+}
+"""Method (WEBSOCKET for web sockets) and path template to what is asked for."""
+
+
+def decide(endpoint: str, principal: Principal | None) -> None:
+    """Returns when `principal` (None: nobody is known) may use the endpoint; NotAuthenticated or NotPermitted
+    otherwise. An endpoint that is not in the table is refused to everybody."""
+    rule = TABLE.get(endpoint)
+    if rule is Access.INVITED:
+        return
+    if principal is None:
+        raise NotAuthenticated(
+            endpoint,
+            "nobody is logged in",
+            "give a token ('hostler token create' makes one), or use the unix socket on the host itself",
+        )
+    if rule is Access.AUTHENTICATED or (isinstance(rule, Permission) and principal.may(rule)):
+        return
+    needed = f"the permission '{rule}'" if rule else "a rule in the authorization table"
+    raise NotPermitted(
+        endpoint,
+        f"needs {needed}, which {principal.name} with the role '{principal.role}' has not",
+        "use a token with another role" if rule is not Permission.PEER else "only hosts that joined may call this",
+        role=str(principal.role),
+    )
