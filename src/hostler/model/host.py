@@ -52,6 +52,10 @@ class QemuFacts(Record):
     firmware_code: str | None = None
     """OVMF code image (4M build), None where UEFI is not installed."""
     firmware_vars: str | None = None
+    """Template of its variable store, copied for each VM."""
+    firmware_secure_code: str | None = None
+    """The same pair with secure boot and Microsoft's keys enrolled."""
+    firmware_secure_vars: str | None = None
     aio_io_uring: bool = False
 
 

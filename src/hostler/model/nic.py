@@ -25,13 +25,16 @@ class Network(StrEnum):
 
 
 class Nic(Record):
-    """A virtio-net adapter. `queues` is the number of receive/transmit queue pairs (multi-queue when above 1)."""
+    """A virtio-net adapter. `queues` is the number of receive/transmit queue pairs (multi-queue when above 1). `slot`
+    is its stable place in the machine; None means its position among the VM's adapters, so whoever removes one that is
+    not the last gives the others their slots first (`hostler.qemu.pci.nic_slots`)."""
 
     id: DeviceId
     mac: Mac
     network: Network = Network.USER
     bridge: BridgeName | None = None
     queues: int = Field(default=1, ge=1, le=64)
+    slot: int | None = Field(default=None, ge=0, le=23)
 
     @model_validator(mode="after")
     def _bridge(self) -> Self:

@@ -188,7 +188,7 @@ def _fixed_size(disk: Disk) -> int:
     if disk.source.size == 0 or disk.source.size % 512:
         raise InvalidInput(
             f"disk {disk.id}",
-            f"the fixed VHD {disk.source.path} is recorded with {disk.source.size} bytes, which is not a multiple of 512",
+            f"the fixed VHD {disk.source.path} has {disk.source.size} bytes on record, which is not a multiple of 512",
             "register the volume again, so that its size is read from its footer",
         )
     return disk.source.size
