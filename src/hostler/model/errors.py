@@ -7,9 +7,10 @@ the object it is about, the cause as a sentence, and what to do next. Codes are 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import JsonValue
+if TYPE_CHECKING:  # pydantic takes 30 ms to import; the command line must answer without it
+    from pydantic import JsonValue
 
 
 class ErrorCode(StrEnum):

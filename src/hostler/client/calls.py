@@ -1,0 +1,300 @@
+"""Every request of the API, built in one place and sent by whoever has a connection: the blocking client, the asyncio
+one, a peer. A call is a value: method, path, query, body, and what its answer is read as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+from urllib.parse import quote
+
+from hostler.client import answers
+from hostler.client.answers import Answer
+from hostler.model.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, JsonValue
+
+    from hostler.model.job import Job, JobState
+    from hostler.model.limits import Limits
+    from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
+    from hostler.model.requests import (
+        DiskAdd,
+        InspectRequest,
+        JoinRequest,
+        MigrateRequest,
+        NicAdd,
+        ShutdownRequest,
+        TokenCreate,
+        VmChange,
+        VmCreate,
+        VolumeCreate,
+        VolumeRegister,
+    )
+    from hostler.model.views import (
+        Deleted,
+        HostView,
+        Invitation,
+        MigrationPlan,
+        OutgoingStatus,
+        PeerIntroduction,
+        TokenSecret,
+        TokenView,
+    )
+    from hostler.model.vm import VmRecord
+    from hostler.model.volume import Volume
+
+T = TypeVar("T")
+
+ACTIONS = ("start", "pause", "resume", "save", "restore", "discard-saved", "turn-off", "reset")
+"""What a VM can be told without a body."""
+LONGEST_WAIT = 3600.0
+"""Seconds; the API waits no longer in one request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request. `wait`: seconds the host may take on purpose before it answers, on top of the usual deadline."""
+
+    method: str
+    path: str
+    answer: Answer[T]
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: BaseModel | None = None
+    wait: float = 0.0
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether sending it twice does no harm."""
+        return self.method == "GET"
+
+    def content(self) -> bytes | None:
+        """The body as JSON. Of what people ask for only what was said is sent, so that the host's defaults hold."""
+        if self.body is None:
+            return None
+        only_said = self.body.model_config.get("extra") == "forbid"
+        return self.body.model_dump_json(exclude_unset=only_said).encode()
+
+
+def url_part(kind: str, reference: str) -> str:
+    """A name or id as one segment of a path. InvalidInput for what cannot be one: "" would be the whole collection,
+    "." and ".." another one."""
+    if not reference.strip() or reference in (".", "..") or "/" in reference:
+        raise InvalidInput(f"{kind} {reference!r}", f"is not the name or id of a {kind}", f"see: hostler {kind} list")
+    return quote(reference, safe="")
+
+
+def _query(wait: float = 0.0, **flags: bool) -> dict[str, str]:
+    query = {name: "true" for name, given in flags.items() if given}
+    if wait > 0:
+        query["wait"] = f"{min(wait, LONGEST_WAIT):g}"
+    return query
+
+
+def _vm(vm: str, rest: str = "") -> str:
+    return f"/v1/vms/{url_part('vm', vm)}{rest}"
+
+
+# virtual machines
+
+
+def vms() -> Call[list[VmRecord]]:
+    return Call("GET", "/v1/vms", answers.VMS)
+
+
+def vm(ref: str) -> Call[VmRecord]:
+    return Call("GET", _vm(ref), answers.VM)
+
+
+def vm_create(request: VmCreate, *, dry_run: bool = False) -> Call[VmRecord]:
+    return Call("POST", "/v1/vms", answers.VM, _query(dry_run=dry_run), request)
+
+
+def vm_change(ref: str, change: VmChange, *, when_off: bool = False) -> Call[VmRecord]:
+    return Call("PATCH", _vm(ref), answers.VM, _query(when_off=when_off), change)
+
+
+def vm_delete(ref: str, *, disks: bool = False, dry_run: bool = False) -> Call[Deleted]:
+    return Call("DELETE", _vm(ref), answers.DELETED, _query(disks=disks, dry_run=dry_run))
+
+
+def vm_act(ref: str, action: str, *, wait: float = 0.0) -> Call[Job]:
+    """`action` is one of ACTIONS."""
+    if action not in ACTIONS:
+        raise InvalidInput(f"action {action!r}", "is not one a vm knows", f"one of: {', '.join(ACTIONS)}")
+    return Call("POST", _vm(ref, f"/{action}"), answers.JOB, _query(wait), wait=wait)
+
+
+def vm_shutdown(ref: str, request: ShutdownRequest, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _vm(ref, "/shutdown"), answers.JOB, _query(wait), request, wait)
+
+
+def vm_migrate(ref: str, request: MigrateRequest, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _vm(ref, "/migrate"), answers.JOB, _query(wait), request, wait)
+
+
+def vm_migrate_check(ref: str, request: MigrateRequest) -> Call[MigrationPlan]:
+    return Call("POST", _vm(ref, "/migrate/check"), answers.PLAN, body=request)
+
+
+def vm_screenshot(ref: str) -> Call[bytes]:
+    return Call("GET", _vm(ref, "/screenshot"), answers.BYTES)
+
+
+def disk_add(ref: str, disk: DiskAdd, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _vm(ref, "/disks"), answers.JOB, _query(wait), disk, wait)
+
+
+def disk_add_check(ref: str, disk: DiskAdd) -> Call[VmRecord]:
+    """The VM as it would be with this disk."""
+    return Call("POST", _vm(ref, "/disks"), answers.VM, _query(dry_run=True), disk)
+
+
+def disk_remove(ref: str, disk: str, *, timeout: float | None = None, wait: float = 0.0) -> Call[Job]:
+    query = _query(wait) | ({} if timeout is None else {"timeout": f"{timeout:g}"})
+    return Call("DELETE", _vm(ref, f"/disks/{url_part('disk', disk)}"), answers.JOB, query, wait=wait)
+
+
+def nic_add(ref: str, nic: NicAdd) -> Call[VmRecord]:
+    return Call("POST", _vm(ref, "/nics"), answers.VM, body=nic)
+
+
+def nic_remove(ref: str, nic: str) -> Call[VmRecord]:
+    return Call("DELETE", _vm(ref, f"/nics/{url_part('nic', nic)}"), answers.VM)
+
+
+def serial_path(ref: str) -> str:
+    """Where the websocket of a VM's serial port is."""
+    return _vm(ref, "/serial")
+
+
+def vnc_path(ref: str) -> str:
+    """Where the websocket of a VM's screen (raw RFB) is."""
+    return _vm(ref, "/vnc")
+
+
+# volumes
+
+
+def volumes() -> Call[list[Volume]]:
+    return Call("GET", "/v1/volumes", answers.VOLUMES)
+
+
+def volume(ref: str) -> Call[Volume]:
+    return Call("GET", f"/v1/volumes/{url_part('volume', ref)}", answers.VOLUME)
+
+
+def volume_create(request: VolumeCreate, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", "/v1/volumes", answers.JOB, _query(wait), request, wait)
+
+
+def volume_register(request: VolumeRegister) -> Call[Volume]:
+    return Call("POST", "/v1/volumes/register", answers.VOLUME, body=request)
+
+
+def volume_inspect(request: InspectRequest) -> Call[Volume]:
+    return Call("POST", "/v1/volumes/inspect", answers.VOLUME, body=request)
+
+
+def volume_delete(ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Call[Deleted]:
+    query = _query(keep_file=keep_file, dry_run=dry_run)
+    return Call("DELETE", f"/v1/volumes/{url_part('volume', ref)}", answers.DELETED, query)
+
+
+# hosts
+
+
+def this_host() -> Call[HostView]:
+    return Call("GET", "/v1/host", answers.HOST)
+
+
+def hosts() -> Call[list[HostView]]:
+    return Call("GET", "/v1/hosts", answers.HOSTS)
+
+
+def limits() -> Call[Limits]:
+    return Call("GET", "/v1/limits", answers.LIMITS)
+
+
+def host_invite() -> Call[Invitation]:
+    return Call("POST", "/v1/hosts/invitations", answers.INVITATION)
+
+
+def host_join(request: JoinRequest) -> Call[HostView]:
+    return Call("POST", "/v1/hosts/join", answers.HOST, body=request)
+
+
+def host_remove(ref: str) -> Call[None]:
+    return Call("DELETE", f"/v1/hosts/{url_part('host', ref)}", answers.NOTHING)
+
+
+# jobs, tokens, the rest
+
+
+def jobs(*, state: JobState | str | None = None, target: str | None = None) -> Call[list[Job]]:
+    given = {"state": state, "target": target}
+    return Call("GET", "/v1/jobs", answers.JOBS, {name: str(value) for name, value in given.items() if value})
+
+
+def job(ref: str, *, wait: float = 0.0) -> Call[Job]:
+    return Call("GET", f"/v1/jobs/{url_part('job', ref)}", answers.JOB, _query(wait), wait=wait)
+
+
+def job_cancel(ref: str) -> Call[Job]:
+    return Call("POST", f"/v1/jobs/{url_part('job', ref)}/cancel", answers.JOB)
+
+
+def tokens() -> Call[list[TokenView]]:
+    return Call("GET", "/v1/tokens", answers.TOKENS)
+
+
+def token_create(request: TokenCreate) -> Call[TokenSecret]:
+    return Call("POST", "/v1/tokens", answers.TOKEN_SECRET, body=request)
+
+
+def token_revoke(ref: str) -> Call[None]:
+    return Call("DELETE", f"/v1/tokens/{url_part('token', ref)}", answers.NOTHING)
+
+
+def version() -> Call[dict[str, JsonValue]]:
+    return Call("GET", "/v1/version", answers.JSON)
+
+
+def events_query(kind: str | None = None, key: str | None = None) -> dict[str, str]:
+    """The query of GET /v1/events."""
+    return {name: value for name, value in (("kind", kind), ("key", key)) if value}
+
+
+# host to host
+
+
+def peer_facts() -> Call[HostView]:
+    return Call("GET", "/peer/v1/facts", answers.HOST)
+
+
+def peer_check(request: IncomingRequest) -> Call[list[Blocker]]:
+    return Call("POST", "/peer/v1/check", answers.BLOCKERS, body=request)
+
+
+def peer_prepare(request: IncomingRequest) -> Call[IncomingStatus]:
+    return Call("POST", "/peer/v1/incoming", answers.INCOMING, body=request)
+
+
+def peer_status(id: str) -> Call[IncomingStatus]:
+    return Call("GET", f"/peer/v1/incoming/{url_part('move', id)}", answers.INCOMING)
+
+
+def peer_accept(id: str) -> Call[IncomingStatus]:
+    return Call("POST", f"/peer/v1/incoming/{url_part('move', id)}/accept", answers.INCOMING)
+
+
+def peer_refuse(id: str) -> Call[IncomingStatus]:
+    return Call("DELETE", f"/peer/v1/incoming/{url_part('move', id)}", answers.INCOMING)
+
+
+def peer_outgoing(id: str) -> Call[OutgoingStatus]:
+    return Call("GET", f"/peer/v1/outgoing/{url_part('move', id)}", answers.OUTGOING)
+
+
+def peer_introduce(introduction: PeerIntroduction) -> Call[PeerIntroduction]:
+    return Call("POST", "/peer/v1/join", answers.INTRODUCTION, body=introduction)
