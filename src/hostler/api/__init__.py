@@ -1,1 +1,1 @@
-
+"""The wire protocols: what programs and people reach a host through."""

@@ -1,1 +1,1 @@
-
+"""The command line `hostler`, built on the client library."""

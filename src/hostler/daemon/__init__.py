@@ -1,1 +1,1 @@
-
+"""The daemon `hostlerd`: configuration, composition, start and stop."""

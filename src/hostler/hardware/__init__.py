@@ -1,1 +1,1 @@
-
+"""What this machine has, read from /proc and /sys."""
