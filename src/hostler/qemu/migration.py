@@ -1,0 +1,318 @@
+"""Live migration and saved states, between two QEMUs or between QEMU and a file.
+
+    source                                            target (started with -incoming defer -S)
+    setup --handshake--> active --> (guest stops)     setup --> active --> completed (loaded, guest stopped)
+      --> completed | failed | cancelled              any error: QEMU ends itself
+
+Facts of QEMU 7.2 this rests on (each has a test):
+- With `return-path` the source says `completed` only after the target has confirmed that it has loaded everything; with
+  `late-block-activate` (and -S) the target has then neither taken its image locks nor run, until `cont`.
+- After `failed` and `cancelled` QEMU lets the guest run on by itself, also when it had been stopped for the last round.
+- `migrate tcp:` connects with blocking sockets: a target that is frozen before the TLS handshake stops the source's
+  main loop, its guest and its monitor for ever, and a connect that gets no answer cannot be cancelled for two minutes.
+  So the daemon connects (with a deadline), hands the socket over, and makes it non-blocking *after* that, for QEMU
+  makes each descriptor it is given blocking. Several streams need `tcp:`: QEMU opens the further connections itself.
+- Nobody but us notices when the other side stops taking the stream: see STALL.
+- The whole state of capabilities and parameters is set before each move, whatever an earlier one (perhaps under a
+  daemon that was killed) left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from hostler.model.errors import HostlerError, PeerUnreachable, QemuFailed, TimedOut
+from hostler.model.machine import MachineEvent, MigrationEnd, MigrationResult, RunStatus
+from hostler.model.migration import MigrationMode, MigrationProgress, MigrationSettings
+from hostler.qemu import commands, psk
+from hostler.qemu.progress import ENDS, progress_of, result_of
+from hostler.qemu.qmp import EVENTS_LOST, EventStream, QmpSession
+
+OnProgress = Callable[[MigrationProgress], None]
+
+UNLIMITED = 1 << 60
+"""Bytes per second: `max-bandwidth` where no limit is wished."""
+
+TICK = 0.1
+"""Seconds between two readings of the counters."""
+
+STALL = 15.0
+"""Seconds without a single byte moving after which a move is given up and the guest runs on here."""
+
+CONNECT_DEADLINE = 10.0
+UNANSWERED = 30.0
+"""Seconds during which a busy QEMU may leave questions about its progress unanswered."""
+
+_TLS = "migration-tls"
+_FD = "migration"
+_CUT_AFTER = 1.0
+"""Seconds `cancelling` may take before the connection is cut; QEMU waits for the other side in a handshake."""
+
+
+class Migrator:
+    """The moves of one QEMU. `uid`: the user it runs as."""
+
+    def __init__(self, qmp: QmpSession, run_dir: str, uid: int) -> None:
+        self._qmp = qmp
+        self._run_dir = run_dir
+        self._uid = uid
+
+    async def listen(self, settings: MigrationSettings, secret: str, host: str) -> str:
+        """See `Machine.listen`. Called again, it takes the new secret and gives the same address."""
+        address = await self._listening_at()
+        if address is None:
+            await self._prepare(settings, incoming=True)
+        if settings.encrypted:
+            await self._take_key(secret, "server")
+        if address is None:
+            await commands.migrate_incoming(self._qmp, f"tcp:{_bracketed(host)}:0")
+            address = await self._listening_at()
+        if address is None:
+            raise QemuFailed(self._qmp.name, "QEMU does not say where it listens for the migration")
+        return f"{_bracketed(host)}:{address}"
+
+    async def loaded(self) -> bool:
+        """See `Machine.loaded`. The key is removed once the state is there."""
+        if (await commands.query_migrate(self._qmp)).get("status") != "completed":
+            return False
+        psk.remove_keys(self._run_dir)
+        return True
+
+    async def migrate_to(
+        self, address: str, settings: MigrationSettings, secret: str, on_progress: OnProgress
+    ) -> MigrationResult:
+        """See `Machine.migrate_to`. PeerUnreachable when nobody listens at `address`; the guest runs on."""
+        was_running = await commands.query_status(self._qmp) is RunStatus.RUNNING
+        await self._prepare(settings, incoming=False)
+        if settings.encrypted:
+            await self._take_key(secret, "client")
+        end = MigrationEnd.FAILED
+        try:
+            if settings.mode is MigrationMode.QUICK:
+                await commands.stop(self._qmp)
+            if settings.streams > 1:
+                result = await self.send(lambda: commands.migrate(self._qmp, f"tcp:{address}"), on_progress)
+            else:
+                result = await self._send_by_socket(address, on_progress)
+            end = result.end
+        finally:
+            if end is not MigrationEnd.COMPLETED:
+                await self._carry_on(was_running)
+        return result
+
+    async def cancel(self) -> None:
+        """See `Machine.cancel_migration`."""
+        await commands.migrate_cancel(self._qmp)
+
+    async def state(self) -> MigrationProgress:
+        """See `Machine.migration_state`."""
+        return progress_of(await commands.query_migrate(self._qmp))
+
+    async def send(
+        self, start: Callable[[], Awaitable[None]], on_progress: OnProgress, wire: socket.socket | None = None
+    ) -> MigrationResult:
+        """Begin with `start` and follow to the end, whichever it is. `wire` is cut where only that ends it."""
+        events = self._qmp.events()
+        await start()
+        follow = _Follow(self._qmp, events, on_progress, wire)
+        try:
+            end = await follow.to_the_end()
+        except asyncio.CancelledError:
+            # The daemon stops: an unattended move would end with a guest that runs nowhere until the next start.
+            with suppress(HostlerError):
+                await commands.migrate_cancel(self._qmp)
+            raise
+        info = await commands.query_migrate(self._qmp)
+        return result_of(info, end, follow.reason if end is not MigrationEnd.COMPLETED else "")
+
+    async def set_up(self, capabilities: dict[str, bool], settings: MigrationSettings) -> None:
+        """Set every capability and parameter Hostler uses: those in `capabilities`, and all others off."""
+        off = {"return-path": False, "late-block-activate": False, "multifd": False}
+        await commands.migrate_set_capabilities(self._qmp, off | {"events": True} | capabilities)
+        await commands.migrate_set_parameters(
+            self._qmp,
+            {
+                "max-bandwidth": settings.bandwidth or UNLIMITED,
+                "downtime-limit": settings.downtime_limit,
+                "tls-creds": "",
+                "tls-hostname": "",
+                "multifd-channels": settings.streams if settings.streams > 1 else 2,
+            },
+        )
+
+    async def _prepare(self, settings: MigrationSettings, *, incoming: bool) -> None:
+        await self.set_up(
+            {"return-path": not incoming, "late-block-activate": incoming, "multifd": settings.streams > 1}, settings
+        )
+
+    async def _take_key(self, secret: str, endpoint: str) -> None:
+        """Make QEMU use the key: the object under its one name, then the parameter that names it."""
+        directory = psk.write_key(self._run_dir, secret, self._uid)
+        try:
+            await commands.object_del(self._qmp, _TLS)
+            options = {"qom-type": "tls-creds-psk", "id": _TLS, "dir": directory, "endpoint": endpoint}
+            user = {"username": psk.USERNAME} if endpoint == "client" else {}
+            await commands.object_add(self._qmp, options | user)
+            await commands.migrate_set_parameters(self._qmp, {"tls-creds": _TLS})
+        except BaseException:
+            psk.remove_keys(self._run_dir)
+            raise
+        if endpoint == "client":
+            psk.remove_keys(self._run_dir)
+
+    async def _listening_at(self) -> str | None:
+        """The port QEMU listens on, None when it does not."""
+        addresses = (await commands.query_migrate(self._qmp)).get("socket-address")
+        if not isinstance(addresses, list) or not addresses or not isinstance(addresses[0], dict):
+            return None
+        return str(addresses[0]["port"])
+
+    async def _send_by_socket(self, address: str, on_progress: OnProgress) -> MigrationResult:
+        with await _connect(self._qmp.name, address) as wire:
+            await commands.getfd(self._qmp, _FD, wire.fileno())
+            wire.setblocking(False)
+            return await self.send(lambda: commands.migrate(self._qmp, f"fd:{_FD}"), on_progress, wire)
+
+    async def _carry_on(self, run: bool) -> None:
+        """After a move that did not happen: the guest as it was before, nothing left of the attempt."""
+        if run:
+            with suppress(HostlerError):
+                await run_again(self._qmp)
+        with suppress(HostlerError):
+            await commands.closefd(self._qmp, _FD)
+            await self.set_up({}, MigrationSettings())
+            await commands.object_del(self._qmp, _TLS)
+
+
+async def run_again(qmp: QmpSession) -> None:
+    """Let the guest run after a move that failed. QEMU does it by itself where it stopped the guest, a moment after it
+    told of the failure; until then it refuses."""
+    for pause in (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0):
+        status = await commands.query_status(qmp)
+        if status is RunStatus.RUNNING:
+            return
+        with suppress(QemuFailed):
+            if status is not RunStatus.FINISH_MIGRATE:
+                await commands.cont(qmp)
+                return
+        await asyncio.sleep(pause)
+    await commands.cont(qmp)
+
+
+class _Follow:
+    """Watches one outgoing migration: by its events, so that nothing is lost on the way to the guest's going on, and by
+    its counters, for people and to notice a stall."""
+
+    def __init__(
+        self, qmp: QmpSession, events: EventStream, on_progress: OnProgress, wire: socket.socket | None
+    ) -> None:
+        self._qmp = qmp
+        self._events = events
+        self._on_progress = on_progress
+        self._wire = wire
+        self._clock = asyncio.get_running_loop().time
+        self._moved = (("", 0), self._clock())
+        self._answered = self._clock()
+        self.reason = ""
+
+    async def to_the_end(self) -> MigrationEnd:
+        """How it ended. QemuFailed when QEMU is gone before that."""
+        while True:
+            event = await self._events.wait_for(_concerns_migration, TICK)
+            if event is None and self._events.ended:
+                raise QemuFailed(self._qmp.name, "QEMU ended during the migration", gone=True)
+            if event is not None and str(event.data.get("status")) in ENDS:
+                return ENDS[str(event.data["status"])]
+            if event is None or event.name != "MIGRATION":
+                progress = await self._read()
+                if progress is not None and progress.status in ENDS:
+                    return ENDS[progress.status]
+
+    async def _read(self) -> MigrationProgress | None:
+        try:
+            progress = progress_of(await commands.query_migrate(self._qmp))
+        except TimedOut:
+            if self._clock() - self._answered > UNANSWERED:
+                self._cut()
+                raise
+            return None
+        self._answered = self._clock()
+        self._on_progress(progress)
+        await self._watch_for_stall(progress)
+        return progress
+
+    async def _watch_for_stall(self, progress: MigrationProgress) -> None:
+        now = self._clock()
+        mark = (progress.status, progress.transferred)
+        if mark != self._moved[0]:
+            self._moved = (mark, now)
+        still = now - self._moved[1]
+        if progress.status == "cancelling":
+            if still > _CUT_AFTER:
+                self._cut()
+        elif still > STALL:
+            self.reason = f"the other side has taken nothing for {STALL:g} s"
+            await commands.migrate_cancel(self._qmp)
+
+    def _cut(self) -> None:
+        if self._wire is not None:
+            with suppress(OSError):
+                self._wire.shutdown(socket.SHUT_RDWR)
+
+
+def _concerns_migration(event: MachineEvent) -> bool:
+    return event.name in ("MIGRATION", "MIGRATION_PASS", EVENTS_LOST)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+async def _connect(name: str, address: str) -> socket.socket:
+    """A TCP connection to "host:port", tuned: no delay for small packets, and dead within half a minute of a cut line,
+    where Linux alone would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(CONNECT_DEADLINE):
+            wire = await _first_that_answers(host.strip("[]"), int(port))
+    except (OSError, ValueError) as error:
+        raise PeerUnreachable(
+            name,
+            f"cannot connect to the other host's QEMU at {address}: {error or 'no answer'}",
+            "look at the network and the firewall between the hosts",
+        ) from error
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    return wire
+
+
+async def _first_that_answers(host: str, port: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failure: OSError = OSError(f"{host} has no address")
+    for family, kind, protocol, _, target in found:
+        with _closing_on_error(socket.socket(family, kind, protocol)) as wire:
+            wire.setblocking(False)
+            try:
+                await loop.sock_connect(wire, target)
+                return wire
+            except OSError as error:
+                failure = error
+                wire.close()
+    raise failure
+
+
+@contextmanager
+def _closing_on_error(wire: socket.socket) -> Iterator[socket.socket]:
+    try:
+        yield wire
+    except BaseException:
+        wire.close()
+        raise
