@@ -1,0 +1,108 @@
+"""Running an outside program for storage: bounded in time, memory, processor time and output; dead when we are done.
+
+Children are wrapped in `prlimit` and `setpriv` (util-linux, essential on Debian) instead of a preexec_fn, which may
+deadlock in a process with threads. The parent-death signal makes sure that a killed daemon leaves no writer behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from hostler.model.errors import HostLacks, TimedOut
+
+MAX_OUTPUT = 1024 * 1024
+"""Bytes kept of each stream; what comes after is read and dropped, so that the child never blocks on us."""
+
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a child may take at most; None: as much as it likes. Bytes and seconds (of processor time)."""
+
+    memory: int | None = None
+    cpu: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a program ended. `status`: exit status, negative for a signal."""
+
+    status: int
+    out: str
+    err: str
+
+
+async def run(
+    argv: Sequence[str], subject: str, deadline: float | None, bounds: Bounds = Bounds(), on_text: OnText | None = None
+) -> Outcome:
+    """Run to the end. `subject` names in errors what it is about; `on_text` gets standard output as it comes.
+
+    HostLacks if the program is missing, TimedOut after `deadline` seconds. The child is dead when this returns or
+    raises, also on cancellation.
+    """
+    process = await _spawn(argv, bounds)
+    try:
+        async with asyncio.timeout(deadline):
+            assert process.stdout is not None
+            assert process.stderr is not None
+            out, err, status = await asyncio.gather(
+                _read(process.stdout, on_text), _read(process.stderr, None), process.wait()
+            )
+    except TimeoutError as error:
+        raise TimedOut(subject, f"{argv[0]} took longer than {deadline:.0f} s", "look at the disk it is on") from error
+    finally:
+        await asyncio.shield(_end(process))
+    if status == 127 and "failed to execute" in err:
+        raise _lacks(argv[0])
+    return Outcome(status, out, err)
+
+
+async def _spawn(argv: Sequence[str], bounds: Bounds) -> asyncio.subprocess.Process:
+    wrapper = ["setpriv", "--pdeathsig", "KILL", "prlimit", "--core=0"]
+    if bounds.memory is not None:
+        wrapper.append(f"--as={bounds.memory}")
+    if bounds.cpu is not None:
+        wrapper.append(f"--cpu={bounds.cpu}")
+    try:
+        return await asyncio.create_subprocess_exec(
+            *wrapper,
+            "--",
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+        )
+    except FileNotFoundError as error:
+        raise _lacks("setpriv") from error
+
+
+async def _read(stream: asyncio.StreamReader, on_text: OnText | None) -> str:
+    kept = bytearray()
+    while piece := await stream.read(65_536):
+        if len(kept) < MAX_OUTPUT:
+            kept += piece[: MAX_OUTPUT - len(kept)]
+        if on_text is not None:
+            on_text(piece.decode("utf-8", "replace"))
+    return kept.decode("utf-8", "replace")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill it if it still runs, and wait until it is gone: it must not write once its file was removed."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        # Also reads what is left in the pipes: asyncio lets go of a process only when they have ended.
+        await process.communicate()
+
+
+def _lacks(program: str) -> HostLacks:
+    return HostLacks(
+        f"program {program}", "is not installed on this host", "install it (Debian: qemu-utils, util-linux)"
+    )

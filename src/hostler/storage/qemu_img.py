@@ -1,0 +1,288 @@
+"""A thin wrapper on qemu-img: sizes in bytes, progress, cancellation, clear errors, and no half-made file.
+
+A new file is made under a temporary name in its directory and gets its own name when it is complete and on disk; a name
+that is taken is never overwritten. Formats are always said, never guessed by qemu-img (see `formats`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hostler.model.disk import ImageFormat
+from hostler.model.errors import (
+    AlreadyExists,
+    BadImage,
+    HostlerError,
+    InUse,
+    NoSpace,
+    NotFound,
+    NotPermitted,
+    QemuFailed,
+)
+from hostler.storage import programs
+from hostler.storage.formats import QEMU_DRIVER
+from hostler.storage.waiting import whole
+
+OnProgress = Callable[[float], None]
+"""Called with the fraction done, 0.0 to 1.0."""
+
+LOOK = 30.0
+"""Seconds a look at an image may take; a hostile one may try to take for ever."""
+QUICK = 300.0
+"""Seconds for making an empty image; allocation tables of a large one take a moment on a slow disk."""
+LOOK_BOUNDS = programs.Bounds(memory=1024**3, cpu=20)
+"""qemu-img 7.2 needs less than 256 MiB of address space for an ordinary image; a qcow2 header may ask for tables of
+32 MiB each."""
+
+PART = ".hostler-part"
+"""Ending of temporary names."""
+
+_OPTIONS: dict[ImageFormat, str] = {
+    # force_size: else QEMU rounds a VHD up to whole cylinders, and the disk is not the size that was asked for.
+    ImageFormat.VHD: "subformat=dynamic,force_size=on",
+    ImageFormat.VHD_FIXED: "subformat=fixed,force_size=on",
+    ImageFormat.VHDX: "subformat=dynamic",
+    ImageFormat.QCOW2: "compat=1.1,lazy_refcounts=off",
+}
+_PROGRESS = re.compile(r"\((\d+\.\d+)/100%\)")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What qemu-img says about an image. Bytes. `backing` as the image names it."""
+
+    virtual_size: int
+    actual_size: int
+    backing: str | None
+    corrupt: bool
+
+
+class QemuImg:
+    """The program `binary`. Paths must be absolute: qemu-img takes "nbd:..." or "json:..." for something else."""
+
+    def __init__(self, binary: str = "qemu-img") -> None:
+        self._binary = binary
+
+    async def info(self, path: str, format: ImageFormat) -> ImageInfo:
+        """Look at an image, also one in use (-U). Opens no backing file. BadImage when QEMU does not open it."""
+        argv = [self._binary, "info", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
+        outcome = await programs.run(argv, f"image {path}", LOOK, LOOK_BOUNDS)
+        if outcome.status != 0:
+            raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
+        return _info(path, outcome.out)
+
+    async def check(self, path: str, format: ImageFormat) -> None:
+        """Check an image's own structure: BadImage with the number of errors. Formats without a check pass (VHD)."""
+        argv = [self._binary, "check", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
+        outcome = await programs.run(argv, f"image {path}", QUICK, programs.Bounds(memory=4 * 1024**3))
+        if outcome.status in (0, 3, 63):  # 3: leaked clusters only, no damage; 63: the format has no check
+            return
+        with suppress(ValueError, KeyError):
+            errors = json.loads(outcome.out)["corruptions"]
+            raise BadImage(
+                f"image {path}", f"qemu-img found {errors} errors in it", "restore it from a backup", errors=errors
+            )
+        raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
+
+    async def create(self, path: str, format: ImageFormat, size: int) -> None:
+        """A new empty image. AlreadyExists if the name is taken, NoSpace, NotFound (the directory), NotPermitted."""
+        async with new_file(path) as part:
+            await self._create(part, path, format, size)
+
+    async def convert(
+        self,
+        source: str,
+        source_format: ImageFormat,
+        path: str,
+        format: ImageFormat,
+        size: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """A new image of `size` bytes with the content of `source` (which must not be larger). Errors as `create`, and
+        InUse when a running QEMU writes the source. Takes as long as it takes; cancelling removes the file."""
+        async with new_file(path) as part:
+            await self._create(part, path, format, size)
+            # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
+            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", "-f", QEMU_DRIVER[source_format]]
+            argv += ["-O", QEMU_DRIVER[format], "--", source, part]
+            outcome = await programs.run(argv, f"image {path}", None, on_text=_teller(on_progress))
+            if outcome.status != 0:
+                raise explain(f"image {path}", outcome, Path(path).parent, source=source)
+
+    async def resize(self, path: str, format: ImageFormat, size: int) -> None:
+        """Make a raw or qcow2 image larger. BadImage for the other formats, which QEMU cannot resize."""
+        if format not in (ImageFormat.RAW, ImageFormat.QCOW2):
+            raise BadImage(
+                f"image {path}", f"QEMU cannot resize a {format}", "make a larger volume from it (volume create --from)"
+            )
+        argv = [self._binary, "resize", "-q", "-f", QEMU_DRIVER[format], "--", path, str(size)]
+        outcome = await programs.run(argv, f"image {path}", QUICK)
+        if outcome.status != 0:
+            raise explain(f"image {path}", outcome, Path(path).parent)
+
+    async def _create(self, part: str, path: str, format: ImageFormat, size: int) -> None:
+        options = ["-o", _OPTIONS[format]] if format in _OPTIONS else []
+        argv = [self._binary, "create", "-q", "-f", QEMU_DRIVER[format], *options, "--", part, str(size)]
+        outcome = await programs.run(argv, f"image {path}", QUICK)
+        if outcome.status != 0:
+            raise explain(f"image {path}", outcome, Path(path).parent)
+
+
+@asynccontextmanager
+async def new_file(path: str) -> AsyncIterator[str]:
+    """A temporary file (mode 0600) that becomes `path` when the block succeeds, and is removed when it does not."""
+    part = _reserve(path)
+    try:
+        yield part
+        await whole(asyncio.to_thread(_keep, part, path), lambda _: asyncio.to_thread(os.unlink, path))
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def leftovers(path: str) -> Sequence[Path]:
+    """Temporary files of `path` that a killed daemon left."""
+    final = Path(path)
+    mark = _mark(final)
+    try:
+        return [p for p in final.parent.iterdir() if p.name.startswith(mark) and p.name.endswith(PART)]
+    except OSError:
+        return []
+
+
+def _mark(final: Path) -> str:
+    """How temporary names of `final` begin. A digest, since the name itself may be as long as names can be."""
+    return f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}."
+
+
+def _reserve(path: str) -> str:
+    final = Path(path)
+    if os.path.lexists(final):
+        raise _taken(path)
+    part = final.with_name(_mark(final) + secrets.token_hex(4) + PART)
+    try:
+        os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise explain_os(f"image {path}", error, final.parent) from error
+    return str(part)
+
+
+def _keep(part: str, path: str) -> None:
+    """Onto the disk, then to its own name. link(2) fails where the name is taken, rename(2) would overwrite."""
+    try:
+        _sync(part)
+        try:
+            os.link(part, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # A file system without hard links (vfat, some FUSE): take the name exclusively, then put the file there.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            os.rename(part, path)
+        _sync(str(Path(path).parent))
+    except FileExistsError as error:
+        raise _taken(path) from error
+    except OSError as error:
+        raise explain_os(f"image {path}", error, Path(path).parent) from error
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _taken(path: str) -> AlreadyExists:
+    return AlreadyExists(f"file {path}", "exists already; files are never overwritten", "choose another name or path")
+
+
+def _teller(on_progress: OnProgress | None) -> programs.OnText | None:
+    if on_progress is None:
+        return None
+    tell = on_progress
+
+    def on_text(text: str) -> None:
+        found = _PROGRESS.findall(text)
+        if found:
+            tell(min(1.0, float(found[-1]) / 100))
+
+    return on_text
+
+
+def _info(path: str, text: str) -> ImageInfo:
+    try:
+        found = json.loads(text)
+        backing = found.get("full-backing-filename") or found.get("backing-filename")
+        details = found.get("format-specific", {}).get("data", {})
+        return ImageInfo(
+            int(found["virtual-size"]), int(found.get("actual-size", 0)), backing, bool(details.get("corrupt", False))
+        )
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadImage(f"image {path}", "qemu-img's answer about it cannot be read", "check the file") from error
+
+
+_MEANINGS: tuple[tuple[str, type[HostlerError], str, str], ...] = (
+    ("No space left on device", NoSpace, "the disk is full", "free some space"),
+    ("Disk quota exceeded", NoSpace, "the disk quota is used up", "free some space"),
+    ("File too large", NoSpace, "the file system does not hold a file of that size", "use another file system"),
+    ("size is too large for file format", NoSpace, "the file system does not hold a file of that size", "use another"),
+    ("Failed to get", InUse, "a running VM or another program uses it", "stop that, or wait for it"),
+    ("Is another process using", InUse, "a running VM or another program uses it", "stop that, or wait for it"),
+    ("No such file", NotFound, "does not exist", "check the path"),
+    ("Permission denied", NotPermitted, "may not be opened by this daemon", "check owner and mode"),
+    ("Read-only file system", NotPermitted, "the file system is mounted read-only", "choose another place"),
+)
+
+
+def explain(
+    subject: str, outcome: programs.Outcome, directory: Path, looking: bool = False, source: str | None = None
+) -> HostlerError:
+    """What a failed qemu-img means. `looking`: it only read, so what it refuses is a bad image."""
+    last = _last_line(outcome)
+    if source is not None and f"Could not open '{source}'" in outcome.err:
+        subject, looking = f"image {source}", True
+    for mark, kind, cause, advice in _MEANINGS:
+        if mark in outcome.err:
+            return kind(subject, cause, advice, output=last)
+    if looking:
+        return BadImage(subject, f"QEMU does not open it: {last}", "check the file, or restore it from a backup")
+    # The vpc driver of QEMU 7.2 says only "Unable to create or write VHD header" when the disk is full.
+    if _full(directory):
+        return NoSpace(subject, "the disk is full", f"free some space in {directory}", output=last)
+    return QemuFailed(subject, f"qemu-img failed: {last}", "", output=last, status=outcome.status)
+
+
+def explain_os(subject: str, error: OSError, directory: Path) -> HostlerError:
+    """What a failed system call in `directory` means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(subject, "the disk is full", f"free some space in {directory}")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return NotFound(f"directory {directory}", "does not exist", "create it first, or choose another path")
+    return NotPermitted(subject, f"cannot be made: {error.strerror}", f"check owner and mode of {directory}")
+
+
+def _full(directory: Path) -> bool:
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < 1024 * 1024
+
+
+def _last_line(outcome: programs.Outcome) -> str:
+    lines = outcome.err.strip().splitlines()
+    if lines:
+        return lines[-1].removeprefix("qemu-img: ")[:500]
+    return f"it ended with signal {-outcome.status}" if outcome.status < 0 else f"it ended with {outcome.status}"

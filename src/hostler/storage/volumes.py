@@ -1,0 +1,281 @@
+"""Volumes: make, copy, register, look at, list and delete disk images.
+
+    creating --> ready --> deleting --> (gone);  creating --fails, is cancelled--> (gone)
+
+The record is written before the file is made and removed after it: whenever the daemon is killed, `recover` finds in
+the record what was under way. Missing and damaged are seen, not recorded: they end when the file is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+
+from hostler.model.base import utc_now
+from hostler.model.disk import ImageFormat
+from hostler.model.errors import BadImage, Busy, HostlerError, InvalidInput, NotFound, NotPermitted
+from hostler.model.limits import Limits
+from hostler.model.names import check_name
+from hostler.model.units import format_size
+from hostler.model.volume import Volume, VolumeState
+from hostler.storage.catalogue import Catalogue, real_target
+from hostler.storage.claims import ClaimBook
+from hostler.storage.formats import SUFFIX, Shape, recognise
+from hostler.storage.qemu_img import OnProgress, QemuImg, leftovers
+from hostler.storage.waiting import in_thread
+from hostler.store.contract import CheckFailed, Delete, Put, Store, Transaction
+from hostler.store.table import Row
+
+SECTOR = 512
+_TRIES = 20
+
+
+class VolumeService:
+    """The volumes of one host. New ones without a path go to `directory`, which is made (0755) when first needed."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Path,
+        limits: Limits,
+        claims: ClaimBook | None = None,
+        image: QemuImg | None = None,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._limits = limits
+        self._claims = claims or ClaimBook(store)
+        self._image = image or QemuImg()
+        self._catalogue = Catalogue(store)
+
+    # making
+
+    async def create(
+        self, name: str, size: int, format: ImageFormat = ImageFormat.VHDX, path: str | None = None
+    ) -> Volume:
+        """A new empty volume of exactly `size` bytes. InvalidInput, LimitExceeded, AlreadyExists, NoSpace, NotFound (the
+        directory), NotPermitted; nothing is left of it on failure or cancellation."""
+        target = self._check(name, size, format, path)
+        async with AsyncExitStack() as undo:
+            row = await self._begin(undo, name, size, format, target)
+            await self._image.create(target, format, size)
+            undo.callback(_remove, target)
+            return await self._complete(undo, row)
+
+    async def create_from(
+        self,
+        name: str,
+        source: str,
+        format: ImageFormat | None = None,
+        size: int | None = None,
+        path: str | None = None,
+        source_format: ImageFormat | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Volume:
+        """A new volume with the content of the image or volume `source`, converted to `format` (None: its own) and made
+        larger where `size` is above its size. Errors as `create`, and BadImage, InUse about the source."""
+        known, shape = await self._source(source, source_format)
+        size = shape.size if size is None else size
+        format = format or shape.format
+        if size < shape.size:
+            raise InvalidInput(
+                f"size {format_size(size)}",
+                f"is less than the {format_size(shape.size)} of {source}, whose end would be lost",
+                f"give {shape.size} or more",
+            )
+        # An image may be any number of bytes long; what QEMU makes of it has whole sectors.
+        size += -size % SECTOR
+        target = self._check(name, size, format, path)
+        async with AsyncExitStack() as undo:
+            row = await self._begin(undo, name, size, format, target)
+            await self._image.convert(known, shape.format, target, format, size, on_progress)
+            undo.callback(_remove, target)
+            return await self._complete(undo, row)
+
+    async def register(self, name: str, path: str, format: ImageFormat | None = None) -> Volume:
+        """Make an existing image known. Its format is told from its content now and holds ever after; raw for a file
+        that looks like something else has to be said. BadImage, NotFound, InvalidInput, AlreadyExists."""
+        check_name("volume", name)
+        seen = await self.inspect(path, format)
+        volume = seen.but(name=name, path=os.path.realpath(path), created=utc_now())
+        await self._catalogue.add(volume)
+        return volume
+
+    # looking
+
+    async def inspect(self, path: str, format: ImageFormat | None = None) -> Volume:
+        """Look closely at an image file, known or not, in use or not. For a known volume the recorded format holds,
+        whatever its content looks like by now. BadImage, NotFound, InvalidInput, NotPermitted."""
+        _check_path(path)
+        row = await self._catalogue.find(path)
+        shape = await self._examine(path, row.value.format if row else format)
+        if row is not None:
+            return row.value.but(size=shape.size, allocated=shape.allocated)
+        return Volume(
+            name=Path(path).stem[:100], path=path, format=shape.format, size=shape.size, allocated=shape.allocated
+        )
+
+    async def list(self) -> Sequence[Volume]:
+        """Every volume, ordered by name, each with what its file is now."""
+        volumes = [row.value for row in await self._catalogue.rows()]
+        return await in_thread("volumes", lambda: [_observe(volume) for volume in volumes])
+
+    async def get(self, ref: str) -> Volume:
+        """The volume with that name or path, with what its file is now. NotFound with the nearest name."""
+        row = await self._catalogue.get(ref)
+        return await in_thread(f"volume {row.id}", lambda: _observe(row.value))
+
+    # ending
+
+    async def delete(self, ref: str, keep_file: bool = False) -> None:
+        """Forget a volume and remove its file. InUse while a VM has it, Busy while it is made, NotFound."""
+        for _ in range(_TRIES):
+            row = await self._catalogue.get(ref)
+            if row.value.state is VolumeState.CREATING:
+                raise Busy(f"volume {row.id}", "is being created", "wait for that, or cancel it")
+            keep = await self._claims.plan_keep(row.value.path)
+            plan = self._plan_delete(row, keep, keep_file)
+            try:
+                revision = await self._store.commit(plan)
+            except CheckFailed:
+                continue
+            if not keep_file:
+                await self._finish_delete(Row(row.id, row.value.but(state=VolumeState.DELETING), revision))
+            return
+        raise Busy(f"volume {ref}", "others change it at the same moment", "try again")
+
+    async def recover(self) -> None:
+        """After the start of the daemon, before anything else: finish what a killed one was doing."""
+        for row in await self._catalogue.rows():
+            if row.value.state is VolumeState.DELETING:
+                with suppress(NotPermitted):  # still not deletable: it is ready again and says so when asked
+                    await self._finish_delete(row)
+            elif row.value.state is VolumeState.CREATING:
+                await self._finish_create(row)
+
+    # steps
+
+    def _check(self, name: str, size: int, format: ImageFormat, path: str | None) -> str:
+        """Refuse nonsense before anything is done; the path of the new file."""
+        check_name("volume", name)
+        subject = f"volume {name}"
+        if size <= 0 or size % SECTOR:
+            near = max(SECTOR, size + -size % SECTOR)
+            raise InvalidInput(
+                subject, f"a size of {size} bytes is not a number of whole sectors", f"for example {near}"
+            )
+        limit = "vhd_size" if format in (ImageFormat.VHD, ImageFormat.VHD_FIXED) else "volume_size"
+        self._limits.refuse_above(subject, limit, size, "the size")
+        if path is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = str(self._directory / (name + SUFFIX[format]))
+        _check_path(path)
+        target = real_target(path)
+        if len(os.fsencode(os.path.basename(target))) > 255:
+            raise InvalidInput(subject, "its file name would have more than 255 bytes", "choose a shorter name or path")
+        return target
+
+    async def _begin(self, undo: AsyncExitStack, name: str, size: int, format: ImageFormat, path: str) -> Row[Volume]:
+        """Write the record, and see to it that it goes when the work fails."""
+        volume = Volume(name=name, path=path, format=format, size=size, state=VolumeState.CREATING, created=utc_now())
+        row = await self._catalogue.add(volume)
+        undo.push_async_callback(self._forget, row)
+        return row
+
+    async def _complete(self, undo: AsyncExitStack, row: Row[Volume]) -> Volume:
+        shape = await self._examine(row.value.path, row.value.format)
+        ready = row.value.but(size=shape.size, allocated=shape.allocated, state=VolumeState.READY)
+        await self._catalogue.change(row, ready)
+        undo.pop_all()
+        return ready
+
+    async def _forget(self, row: Row[Volume]) -> None:
+        with suppress(CheckFailed):  # somebody else has dealt with it
+            await asyncio.shield(self._store.commit(self._catalogue.plan_remove(row)))
+
+    def _plan_delete(self, row: Row[Volume], keep: Transaction, keep_file: bool) -> Transaction:
+        """Without the file one transaction does it all; with it, the record says what is under way."""
+        if keep_file:
+            gone = self._catalogue.plan_remove(row)
+            return Transaction(gone.writes, [*gone.checks, *keep.checks])
+        change = self._catalogue.plan_change(row, row.value.but(state=VolumeState.DELETING))
+        return Transaction([*change.writes, *keep.writes], [*change.checks, *keep.checks])
+
+    async def _finish_delete(self, row: Row[Volume]) -> None:
+        drop = self._claims.drop_keep(row.value.path)
+        try:
+            await in_thread(f"volume {row.id}", lambda: _remove(row.value.path))
+        except OSError as error:
+            back = self._catalogue.plan_change(row, row.value.but(state=VolumeState.READY))
+            await self._commit(back, drop)
+            raise NotPermitted(
+                f"volume {row.id}",
+                f"{row.value.path} cannot be removed: {error.strerror}",
+                "check its directory's mode",
+            ) from error
+        await self._commit(self._catalogue.plan_remove(row), drop)
+
+    async def _finish_create(self, row: Row[Volume]) -> None:
+        """The file gets its name only when it is complete: if it is there, only the last word was missing."""
+        for part in leftovers(row.value.path):
+            part.unlink(missing_ok=True)
+        try:
+            shape = await self._examine(row.value.path, row.value.format)
+        except HostlerError:
+            await self._commit(self._catalogue.plan_remove(row))
+            return
+        ready = row.value.but(size=shape.size, allocated=shape.allocated, state=VolumeState.READY)
+        await self._commit(self._catalogue.plan_change(row, ready))
+
+    async def _commit(self, plan: Transaction, *more: Put | Delete) -> None:
+        with suppress(CheckFailed):  # somebody else has finished the same
+            await self._store.commit(Transaction([*plan.writes, *more], plan.checks))
+
+    async def _source(self, source: str, format: ImageFormat | None) -> tuple[str, Shape]:
+        """Path and shape of what shall be copied; refused while a VM may write it."""
+        row = await self._catalogue.find(source)
+        path = row.value.path if row else source
+        _check_path(path)
+        self._claims.refuse([c for c in await self._claims.on(path) if c.write], f"volume {source}")
+        return path, await self._examine(path, row.value.format if row else format)
+
+    async def _examine(self, path: str, format: ImageFormat | None) -> Shape:
+        """First our own look, which finds references to other files, then QEMU's, which opens it."""
+        shape = await in_thread(f"image {path}", lambda: recognise(path, format, deep=True))
+        if shape.format is ImageFormat.RAW:
+            return shape
+        info = await self._image.info(path, shape.format)
+        if info.corrupt:
+            raise BadImage(f"image {path}", "QEMU has marked it as corrupt", "restore it from a backup")
+        size = shape.size if shape.format is ImageFormat.VHD_FIXED else info.virtual_size
+        return Shape(shape.format, size, shape.allocated)
+
+
+def _observe(volume: Volume) -> Volume:
+    """What a recorded volume is now, from a quick look at its file."""
+    if volume.state is not VolumeState.READY:
+        return volume
+    try:
+        shape = recognise(volume.path, volume.format)
+    except NotFound:
+        return volume.but(state=VolumeState.MISSING)
+    except HostlerError:
+        return volume.but(state=VolumeState.DAMAGED)
+    if shape.size < volume.size:
+        return volume.but(state=VolumeState.DAMAGED, allocated=shape.allocated)
+    return volume.but(size=shape.size, allocated=shape.allocated)
+
+
+def _check_path(path: str) -> None:
+    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+        raise InvalidInput(
+            f"path {path!r}", "is not an absolute path of a file", "write it from the root: /srv/vm/a.vhdx"
+        )
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,38 @@
+"""Blocking file work from the event loop, with a deadline: a file may be on a network share whose server is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from hostler.model.errors import TimedOut
+
+T = TypeVar("T")
+
+DEADLINE = 30.0
+"""Seconds for looking at files. The thread stays behind when it is over: nothing ends a system call on a dead share."""
+
+
+async def in_thread(subject: str, work: Callable[[], T]) -> T:
+    """What `work` returns, computed in a thread. TimedOut about `subject` after DEADLINE."""
+    try:
+        async with asyncio.timeout(DEADLINE):
+            return await asyncio.to_thread(work)
+    except TimeoutError as error:
+        raise TimedOut(
+            subject, f"the file system did not answer within {DEADLINE:.0f} s", "look at the disk or share it is on"
+        ) from error
+
+
+async def whole(work: Coroutine[Any, Any, T], undo: Callable[[T], Awaitable[None]]) -> T:
+    """Await `work` to its end even when cancelled meanwhile (a thread or a commit cannot be stopped half-way); in that
+    case its result is undone before the cancellation goes on."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            await undo(task.result())
+        raise
