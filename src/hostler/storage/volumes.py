@@ -25,7 +25,7 @@ from hostler.storage.catalogue import Catalogue, real_target
 from hostler.storage.claims import ClaimBook
 from hostler.storage.formats import SUFFIX, Shape, recognise
 from hostler.storage.qemu_img import OnProgress, QemuImg, leftovers
-from hostler.storage.waiting import in_thread
+from hostler.storage.waiting import in_thread, whole
 from hostler.store.contract import CheckFailed, Delete, Put, Store, Transaction
 from hostler.store.table import Row
 
@@ -50,14 +50,15 @@ class VolumeService:
         self._claims = claims or ClaimBook(store)
         self._image = image or QemuImg()
         self._catalogue = Catalogue(store)
+        self._making: list[str] = []
 
     # making
 
     async def create(
         self, name: str, size: int, format: ImageFormat = ImageFormat.VHDX, path: str | None = None
     ) -> Volume:
-        """A new empty volume of exactly `size` bytes. InvalidInput, LimitExceeded, AlreadyExists, NoSpace, NotFound (the
-        directory), NotPermitted; nothing is left of it on failure or cancellation."""
+        """A new empty volume of exactly `size` bytes. InvalidInput, LimitExceeded, AlreadyExists, NoSpace, NotFound
+        (the directory), NotPermitted; nothing is left of it on failure or cancellation."""
         target = self._check(name, size, format, path)
         async with AsyncExitStack() as undo:
             row = await self._begin(undo, name, size, format, target)
@@ -135,7 +136,10 @@ class VolumeService:
         for _ in range(_TRIES):
             row = await self._catalogue.get(ref)
             if row.value.state is VolumeState.CREATING:
-                raise Busy(f"volume {row.id}", "is being created", "wait for that, or cancel it")
+                if row.id in self._making:
+                    raise Busy(f"volume {row.id}", "is being created", "wait for that, or cancel it")
+                await self._finish_create(row)  # nobody makes it any more: its undoing has failed
+                continue
             keep = await self._claims.plan_keep(row.value.path)
             plan = self._plan_delete(row, keep, keep_file)
             try:
@@ -181,15 +185,18 @@ class VolumeService:
     async def _begin(self, undo: AsyncExitStack, name: str, size: int, format: ImageFormat, path: str) -> Row[Volume]:
         """Write the record, and see to it that it goes when the work fails."""
         volume = Volume(name=name, path=path, format=format, size=size, state=VolumeState.CREATING, created=utc_now())
-        row = await self._catalogue.add(volume)
+        self._making.append(name)
+        undo.callback(self._making.remove, name)
+        row = await whole(self._catalogue.add(volume), self._forget)
         undo.push_async_callback(self._forget, row)
         return row
 
     async def _complete(self, undo: AsyncExitStack, row: Row[Volume]) -> Volume:
         shape = await self._examine(row.value.path, row.value.format)
         ready = row.value.but(size=shape.size, allocated=shape.allocated, state=VolumeState.READY)
-        await self._catalogue.change(row, ready)
+        await whole(self._catalogue.change(row, ready), self._forget)
         undo.pop_all()
+        self._making.remove(row.id)
         return ready
 
     async def _forget(self, row: Row[Volume]) -> None:
