@@ -14,7 +14,10 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     def but(self, **changes: object) -> Self:
-        """The same record with some fields changed. Changes are validated."""
+        """The same record with some fields changed. Changes are validated; TypeError for a field it has not."""
+        unknown = changes.keys() - type(self).model_fields.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
         return type(self).model_validate({**dict(self), **changes})
 
     def to_json(self) -> dict[str, JsonValue]:

@@ -10,7 +10,8 @@ from pydantic import Field, StringConstraints, model_validator
 from hostler.model.base import Record
 from hostler.model.disk import DeviceId
 
-Mac = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
+Mac = Annotated[str, StringConstraints(pattern=r"^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$")]
+"""Lower case; the lowest bit of the first byte is 0, since an odd one is a group address (IEEE 802)."""
 BridgeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,15}$")]
 """Linux allows 15 bytes for an interface name (IFNAMSIZ is 16)."""
 

@@ -26,7 +26,7 @@ class DiskAdd(Input):
     (a block device to pass through). Without `controller`/`unit` the first free address is taken. A path that is not
     a known volume is recognised by its content; `format` must be given for raw images that are not known volumes."""
 
-    volume: Annotated[str, StringConstraints(min_length=1, max_length=4096)] | None = None
+    volume: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")] | None = None
     device: Path | None = None
     format: ImageFormat | None = None
     bus: Bus = Bus.SCSI
@@ -78,6 +78,12 @@ class VmCreate(Input):
     autostart: Autostart = Autostart()
     shutdown: Shutdown = Shutdown()
     notes: Notes = ""
+
+    @model_validator(mode="after")
+    def _secure_boot(self) -> Self:
+        if self.secure_boot and self.firmware is not Firmware.UEFI:
+            raise ValueError("secure boot needs the firmware 'uefi'")
+        return self
 
 
 class VmChange(Input):

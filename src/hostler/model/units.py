@@ -11,17 +11,17 @@ MiB = 1024**2
 GiB = 1024**3
 TiB = 1024**4
 
-_SUFFIX = {"": 1, "b": 1, "k": KiB, "m": MiB, "g": GiB, "t": TiB}
-_SIZE = re.compile(r"^\s*(\d{1,15})(?:\.(\d{1,6}))?\s*([bkmgt]?)(?:i?b)?\s*$", re.IGNORECASE)
+_SUFFIX = {"k": KiB, "m": MiB, "g": GiB, "t": TiB}
+_SIZE = re.compile(r"\s*(\d{1,15})(?:\.(\d{1,6}))?\s*(?:b|([kmgt])(?:ib?|b)?)?\s*", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:
-    """Bytes for "512", "512M", "1.5 GiB", "10gb". Raises InvalidInput for anything else."""
-    match = _SIZE.match(text)
-    if match is None:
+    """Bytes for "512", "512M", "1.5 GiB", "10gb", "2Gi". InvalidInput for anything else, also for parts of a byte."""
+    match = _SIZE.fullmatch(text)
+    if match is None or (match[2] and not match[3]):
         raise InvalidInput(f"size {text!r}", "is not a size", "write a number with K, M, G or T, for example 20G")
     whole, fraction, suffix = match.groups()
-    unit = _SUFFIX[suffix.lower()]
+    unit = _SUFFIX[suffix.lower()] if suffix else 1
     extra = int(fraction) * unit // 10 ** len(fraction) if fraction else 0
     return int(whole) * unit + extra
 

@@ -74,12 +74,23 @@ class StopAction(StrEnum):
     """Leave it running and fail the job."""
 
 
-class KernelBoot(Record):
-    """Boot a Linux kernel directly, without a boot disk. Absolute paths on the host."""
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError("must be an absolute path")
+    if "\0" in path:
+        raise ValueError("must not have a zero byte")
+    return path
 
-    kernel: str
-    initrd: str | None = None
-    cmdline: Annotated[str, StringConstraints(max_length=4096)] = ""
+
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+
+
+class KernelBoot(Record):
+    """Boot a Linux kernel directly, without a boot disk. Paths on the host."""
+
+    kernel: AbsolutePath
+    initrd: AbsolutePath | None = None
+    cmdline: Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00]*$")] = ""
 
 
 class Autostart(Record):
@@ -95,15 +106,6 @@ class Shutdown(Record):
 
     timeout: int = Field(default=120, ge=1, le=86_400)
     then: StopAction = StopAction.LEAVE
-
-
-def _absolute(path: str) -> str:
-    if not path.startswith("/"):
-        raise ValueError("must be an absolute path")
-    return path
-
-
-AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 
 
 class VmConfig(Record):
@@ -141,6 +143,9 @@ class VmConfig(Record):
         addresses = [d.address for d in self.disks]
         if len(set(addresses)) != len(addresses):
             raise ValueError("two disks have the same address")
+        macs = [n.mac for n in self.nics]
+        if len(set(macs)) != len(macs):
+            raise ValueError("two adapters have the same MAC address")
         for disk in self.disks:
             if disk.bus is Bus.SCSI and disk.controller >= self.scsi_controllers:
                 raise ValueError(f"disk {disk.id} is on SCSI controller {disk.controller}, which the VM has not")
@@ -187,5 +192,18 @@ class VmRecord(Record):
     saved: str | None = None
     job: str | None = None
     """The job that holds this VM now."""
-    pending: bool = False
-    """Whether the running VM waits for a restart to take a changed configuration."""
+    next_config: VmConfig | None = None
+    """A changed configuration that waits for the next start."""
+    handed_to: str | None = None
+    """Id of the host that owns the VM now, from the hand-over until that host has confirmed. While it is set, this
+    host never lets the guest run."""
+
+    @property
+    def id(self) -> str:
+        """The VM's id."""
+        return self.config.id
+
+    @property
+    def name(self) -> str:
+        """The VM's name, which people use."""
+        return self.config.name
