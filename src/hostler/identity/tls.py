@@ -44,9 +44,12 @@ class Trust:
         return self._entry
 
     def client_context(self, fingerprint: str, certificate: str | None = None) -> ssl.SSLContext:
-        """For connections to one host: it must present exactly the certificate with this fingerprint; our own is
-        presented. `certificate` (PEM) is given once it is known; at the first contact the fingerprint of the
-        invitation alone decides. Names are not looked at: the certificate says more than any name."""
+        """For connections to one host: it must present exactly the certificate with this fingerprint. Names are not
+        looked at: the certificate says more than any name.
+
+        `certificate` (PEM) is given for a peer that knows us, to whom our own is presented. Without it, for the first
+        contact, the fingerprint of the invitation alone decides, and ours is not presented: a host that does not
+        know it yet would end the handshake."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
@@ -54,7 +57,7 @@ class Trust:
             context.verify_mode = ssl.CERT_NONE  # the pin below does the whole check
         else:
             context.load_verify_locations(cadata=certificate)
-        context.load_cert_chain(self.identity.certificate_path, self.identity.key_path)
+            context.load_cert_chain(self.identity.certificate_path, self.identity.key_path)
         context.sslobject_class = _pinned_object(fingerprint)
         context.sslsocket_class = _pinned_socket(fingerprint)
         return context

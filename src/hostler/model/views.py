@@ -103,3 +103,10 @@ class OutgoingStatus(Record):
     known: bool
     owner: str | None = None
     over: bool = False
+
+
+class Version(Record):
+    """The daemon's version, and the names of what its API has beyond its first release (append-only)."""
+
+    version: str
+    api_extensions: tuple[str, ...] = ()

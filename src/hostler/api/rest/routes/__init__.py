@@ -1,0 +1,19 @@
+"""The endpoints, one module per noun. No logic: each calls one function of the application."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from hostler.api.rest.routes import consoles, devices, events, hosts, jobs, peers, tokens, vms, volumes
+
+ROUTERS: tuple[APIRouter, ...] = (
+    hosts.router,
+    vms.router,
+    devices.router,
+    consoles.router,
+    volumes.router,
+    jobs.router,
+    events.router,
+    tokens.router,
+    peers.router,
+)
