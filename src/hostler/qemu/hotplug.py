@@ -16,22 +16,11 @@ import asyncio
 from contextlib import AsyncExitStack, suppress
 
 from hostler.model.disk import Bus, Disk
-from hostler.model.errors import (
-    AlreadyExists,
-    BadImage,
-    GuestRefused,
-    HostlerError,
-    InUse,
-    NoSpace,
-    NotFound,
-    NotPermitted,
-    QemuFailed,
-    TimedOut,
-    WrongState,
-)
+from hostler.model.errors import AlreadyExists, GuestRefused, HostlerError, QemuFailed, TimedOut, WrongState
 from hostler.model.machine import MachineEvent
 from hostler.qemu import blockdev, commands
 from hostler.qemu.blockdev import Aio
+from hostler.qemu.failures import image_error
 from hostler.qemu.qmp import EVENTS_LOST, QmpSession
 
 UNDO_TIMEOUT = 10.0
@@ -39,23 +28,6 @@ UNDO_TIMEOUT = 10.0
 
 _RELEASE_PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Seconds between tries to delete a node: the device lets go of it a moment after DEVICE_DELETED."""
-
-_IMAGE_ERRORS: tuple[tuple[str, type[HostlerError], str, str], ...] = (
-    (" lock", InUse, "{path} is open in another program", "turn off the VM that has it, or detach it there"),
-    ("No such file", NotFound, "{path} does not exist", "look at the volume's path, and whether its share is mounted"),
-    ("Permission denied", NotPermitted, "QEMU may not open {path}", "look at the file's owner and access rights"),
-    ("Operation not permitted", NotPermitted, "QEMU may not open {path}", "look at the file's owner and access rights"),
-    ("No space left", NoSpace, "no space is left for {path}", "free some space"),
-    (
-        "mage is not in",
-        BadImage,
-        "{path} has not the format it is said to have",
-        "look at it with `hostler volume show`",
-    ),
-    ("orrupt", BadImage, "{path} is damaged", "repair it, or attach a copy"),
-    ("nvalid argument", BadImage, "{path} cannot be opened as it is said to be", "look at its format"),
-)
-"""Part of QEMU's text, and what it means. QEMU has no error classes for these."""
 
 
 async def attach_disk(qmp: QmpSession, disk: Disk, export: str | None = None, aio: Aio = "threads") -> None:
@@ -100,7 +72,7 @@ async def _add_device(qmp: QmpSession, disk: Disk) -> None:
     try:
         await commands.device_add(qmp, blockdev.device_options(disk))
     except QemuFailed as error:
-        if "already exists" in error.cause or "lun already used" in error.cause:
+        if "lun already used" in error.cause:
             raise AlreadyExists(
                 f"disk {disk.id}",
                 f"SCSI controller {disk.controller}, unit {disk.unit} is taken",
@@ -213,8 +185,6 @@ async def io_failed(qmp: QmpSession) -> dict[str, str]:
 
 def _explained(disk: Disk, error: QemuFailed) -> HostlerError:
     """The error as one about the image, where QEMU's text says that it is."""
-    for text, kind, cause, advice in _IMAGE_ERRORS:
-        if text in error.cause:
-            path = disk.source.path
-            return kind(f"disk {disk.id}", cause.format(path=path), advice, path=path, qemu=error.cause)
-    return error
+    if error.details.get("gone"):
+        return error
+    return image_error(f"disk {disk.id}", error.cause, disk.source.path) or error
