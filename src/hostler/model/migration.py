@@ -103,10 +103,10 @@ class Incoming(Record):
     source: str
     """Id of the host it comes from."""
     phase: IncomingPhase = IncomingPhase.PREPARED
-    pid: int | None = None
-    started: int | None = None
     run: bool = True
     """Whether the guest shall run after the move (it was not paused by its owner)."""
+    text: str = ""
+    """Why it was refused."""
 
 
 class IncomingRequest(Record):
@@ -120,6 +120,10 @@ class IncomingRequest(Record):
     accelerator: Accelerator
     secret: str
     run: bool = True
+    inodes: dict[str, int] = {}
+    """Path to inode number of each file at the source: the same path must be the same file at the target."""
+    boot_id: str = ""
+    """The source's boot id: devices can be shared by path only within one machine."""
 
 
 class IncomingStatus(Record):

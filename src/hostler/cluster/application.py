@@ -1,0 +1,154 @@
+"""The application: every function that REST, CLI and later WMI end in, composed from the parts of one host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from hostler.cluster.hosts import Connect, HostService
+from hostler.cluster.incoming import IncomingService
+from hostler.cluster.migrations import MigrationService
+from hostler.cluster.peers import PeerBook, PeerLink
+from hostler.host.actor import VmActor
+from hostler.host.adoption import Adoption, autostart
+from hostler.host.context import Host
+from hostler.host.events import EventHub
+from hostler.host.hypervisor import Hypervisor
+from hostler.host.jobs import JobRunner
+from hostler.host.operations import OPERATIONS
+from hostler.host.paths import Paths
+from hostler.host.resources import Resources
+from hostler.host.steps import StepHook
+from hostler.host.vms import VmService
+from hostler.host.volumes import Volumes
+from hostler.identity.certificates import HostIdentity
+from hostler.identity.invitations import InvitationService
+from hostler.identity.tls import Trust
+from hostler.model.host import HostFacts, Peer
+from hostler.model.job import Job
+from hostler.model.limits import PROFILES, Limits
+from hostler.network.taps import Taps
+from hostler.storage.claims import ClaimBook
+from hostler.storage.exports import Exports
+from hostler.storage.volumes import VolumeService
+from hostler.store.contract import Store
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a host is made of. `address`: where other hosts reach this one's API (host:port, "" if nowhere), asked each
+    time since the port may be chosen by the system; `migration_address`: the address QEMU listens on for memory
+    streams; `hook`: called around each step of each job (tests)."""
+
+    paths: Paths
+    facts: HostFacts
+    store: Store
+    hypervisor: Hypervisor
+    identity: HostIdentity
+    trust: Trust
+    invitations: InvitationService
+    connect: Connect
+    address: Callable[[], str]
+    migration_address: str
+    hook: StepHook | None = None
+
+
+@dataclass(slots=True)
+class Application:
+    """The functions, by noun."""
+
+    host: Host
+    vms: VmService
+    volumes: Volumes
+    jobs: JobRunner
+    events: EventHub
+    hosts: HostService
+    migrations: MigrationService
+    incoming: IncomingService
+    limits: Limits
+    peers: PeerBook
+    adoption: Adoption
+    volume_service: VolumeService
+    _autostart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take over what is there: VMs, jobs, moves. The API may answer from its return on."""
+        await self.peers.load()
+        await self.volume_service.recover()
+        await self.adoption.run()
+        await self.incoming.recover()
+        await self.adoption.tidy(self.incoming.expected())
+        self._autostart = asyncio.create_task(autostart(self.host, self._start_vm), name="autostart")
+
+    async def _start_vm(self, vm_id: str) -> Job:
+        action = "restore" if self.vms.get(vm_id).saved else "start"
+        return await self.vms.act(vm_id, action, by="autostart")
+
+    async def close(self) -> None:
+        """Stop looking after the VMs; they run on."""
+        if self._autostart is not None:
+            self._autostart.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._autostart
+        await self.adoption.close()
+        await self.incoming.close()
+        await self.jobs.close()
+        for actor in self.host.actors.values():
+            await actor.close()
+        await self.hosts.close()
+        self.events.close()
+
+
+def build_application(parts: Parts) -> Application:
+    """Put the parts together. Nothing runs before `start`."""
+    host = _build_host(parts)
+    vms = VmService(host)
+
+    def make_link(peer: Peer) -> PeerLink:
+        context = parts.trust.client_context(peer.fingerprint, peer.certificate)
+        return parts.connect(f"https://{peer.address}", context)
+
+    peers = PeerBook(parts.store, make_link, parts.trust.replace)
+    migrations = MigrationService(host, peers)
+    return Application(
+        host=host,
+        vms=vms,
+        volumes=host.volumes,
+        jobs=host.jobs,
+        events=host.events,
+        hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
+        migrations=migrations,
+        incoming=IncomingService(host, vms, peers, parts.migration_address),
+        limits=host.limits,
+        peers=peers,
+        adoption=Adoption(host, vms, {**OPERATIONS, migrations.operation.kind: migrations.operation}),
+        volume_service=host.volumes.service,
+    )
+
+
+def _build_host(parts: Parts) -> Host:
+    events = EventHub()
+    jobs = JobRunner(parts.store, events, parts.hook)
+    limits = PROFILES[parts.facts.profile]
+    actors: dict[str, VmActor] = {}
+    claims = ClaimBook(parts.store, lambda vm_id: actors[vm_id].record.name if vm_id in actors else vm_id)
+    service = VolumeService(parts.store, parts.paths.volumes, limits, claims)
+    return Host(
+        paths=parts.paths,
+        facts=parts.facts,
+        limits=limits,
+        store=parts.store,
+        events=events,
+        jobs=jobs,
+        hypervisor=parts.hypervisor,
+        resources=Resources(parts.paths, parts.facts, Taps(parts.facts.id), Exports()),
+        claims=claims,
+        volumes=Volumes(service, claims, jobs, events),
+        actors=actors,
+    )

@@ -1,0 +1,359 @@
+"""The target's side of a move: prepare, accept, refuse, and tidy up after a source that is gone.
+
+    PREPARED --accept--> ACCEPTED --the source confirms--> (forgotten)
+    PREPARED --refuse, QEMU dies, the source gave up--> REFUSED --after REMEMBER--> (forgotten)
+
+The record is written before the guest may run. A refused move stays known for a while, so that a late "accept" meets a
+definite no; a move that is not known at all is a definite no as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
+
+import structlog
+
+from hostler.cluster.check import TargetView, blockers_at_target
+from hostler.cluster.handover import SourceWord, target_may_refuse
+from hostler.cluster.peers import PeerBook
+from hostler.host.actor import vm_key
+from hostler.host.context import Host
+from hostler.host.hypervisor import Machine
+from hostler.host.vms import VmService
+from hostler.model.disk import SourceKind
+from hostler.model.errors import Blocked, HostlerError, NotPermitted, PeerRefused
+from hostler.model.migration import (
+    Blocker,
+    Incoming,
+    IncomingPhase,
+    IncomingRequest,
+    IncomingStatus,
+)
+from hostler.model.vm import VmConfig, VmRecord, VmState
+from hostler.store.contract import CheckFailed, Delete, Put, Transaction
+
+log = structlog.get_logger()
+
+REMEMBER = 3600.0
+"""Seconds a refused move stays known."""
+PATIENCE = 30.0
+"""Seconds without a word from the source after which a target gives up a move that has not fully arrived."""
+ROUND = 5.0
+"""Seconds between two rounds of the reconciler."""
+
+
+def _key(move_id: str) -> str:
+    return f"incoming/{move_id}"
+
+
+class Guest:
+    """One move to this host while it is under way."""
+
+    def __init__(self, record: Incoming) -> None:
+        self.record = record
+        self.machine: Machine | None = None
+        self.watcher: asyncio.Task[None] | None = None
+        self.lock = asyncio.Lock()
+        self.address = ""
+        self.ended = 0.0
+
+
+class IncomingService:
+    """Every move to this host."""
+
+    def __init__(self, host: Host, vms: VmService, peers: PeerBook, listen_address: str) -> None:
+        self._host = host
+        self._vms = vms
+        self._peers = peers
+        self._listen_address = listen_address
+        self._guests: dict[str, Guest] = {}
+        self._reconciler: asyncio.Task[None] | None = None
+
+    # looking
+
+    async def check(self, request: IncomingRequest, peer_id: str) -> list[Blocker]:
+        """Everything that stands in the way of this move here."""
+        self._peers.heard(peer_id)
+        return blockers_at_target(request, await self._view(request))
+
+    async def _view(self, request: IncomingRequest) -> TargetView:
+        host, config = self._host, request.config
+        others = [a.record for a in host.actors.values() if a.record.id != config.id]
+        others_here = [g.record.config for g in self._pending() if g.record.config.id != config.id]
+        refusal: HostlerError | None = None
+        try:
+            host.admit(config, tuple(others_here))
+        except HostlerError as error:
+            refusal = error
+        paths = [d.source.path for d in config.disks]
+        boot = config.kernel
+        files = [*paths, *([boot.kernel, boot.initrd or boot.kernel] if boot else [])]
+        return TargetView(
+            facts=host.facts,
+            inodes=await asyncio.to_thread(inodes_of, files),
+            devices=frozenset(
+                d.source.path
+                for d in config.disks
+                if d.source.kind is SourceKind.DEVICE and os.path.exists(d.source.path)
+            ),
+            bridges=await host.resources.bridges(),
+            names=frozenset([r.name for r in others] + [c.name for c in others_here]),
+            users={r.config.run_as: r.name for r in others if r.config.run_as is not None},
+            claimed=await self._claimed(config),
+            incoming=frozenset(g.record.id for g in self._pending() if g.record.config.id == config.id),
+            admission=refusal,
+        )
+
+    async def _claimed(self, config: VmConfig) -> dict[str, str]:
+        """Paths of its disks that other VMs hold here in a way that excludes it, each with the holder's name."""
+        found: dict[str, str] = {}
+        for disk in config.disks:
+            for claim in await self._host.claims.on(disk.source.path):
+                if claim.vm != config.id and (claim.write or disk.writes):
+                    holder = self._host.actors.get(claim.vm)
+                    found[disk.source.path] = holder.record.name if holder else claim.vm
+        return found
+
+    def _pending(self) -> list[Guest]:
+        return [g for g in self._guests.values() if g.record.phase is IncomingPhase.PREPARED]
+
+    async def status(self, move_id: str, peer_id: str) -> IncomingStatus:
+        """Where a move stands. An unknown one is refused: it can never run here."""
+        self._peers.heard(peer_id)
+        guest = self._guests.get(move_id)
+        if guest is None:
+            return IncomingStatus(phase=IncomingPhase.REFUSED, text="this host does not know the move")
+        self._own(guest, peer_id)
+        return await self._status(guest)
+
+    async def _status(self, guest: Guest) -> IncomingStatus:
+        record, loaded = guest.record, False
+        if record.phase is IncomingPhase.PREPARED and guest.machine is not None:
+            with contextlib.suppress(HostlerError):  # a QEMU that is dying has not loaded anything we could use
+                loaded = await guest.machine.loaded()
+        return IncomingStatus(phase=record.phase, loaded=loaded, address=guest.address, text=record.text)
+
+    @staticmethod
+    def _own(guest: Guest, peer_id: str) -> None:
+        if guest.record.source != peer_id:
+            raise NotPermitted(f"move {guest.record.id}", "belongs to another host")
+
+    def expected(self) -> list[str]:
+        """Ids of the VMs that are on their way here."""
+        return [guest.record.config.id for guest in self._pending()]
+
+    # changing
+
+    async def prepare(self, request: IncomingRequest, peer_id: str) -> IncomingStatus:
+        """Check, record, launch a QEMU that waits for the stream. Repeating it for the same move is harmless."""
+        self._peers.heard(peer_id)
+        known = self._guests.get(request.id)
+        if known is not None:
+            self._own(known, peer_id)
+            return await self._status(known)
+        blockers = blockers_at_target(request, await self._view(request))
+        if blockers:
+            raise Blocked(
+                f"vm {request.config.name}",
+                "; ".join(b.text for b in blockers),
+                next((b.advice for b in blockers if b.advice), ""),
+                blockers=[b.to_json() for b in blockers],
+            )
+        record = Incoming(
+            id=request.id, config=request.config, generation=request.generation, source=peer_id, run=request.run
+        )
+        guest = Guest(record)
+        self._guests[record.id] = guest
+        async with guest.lock:
+            try:
+                await self._host.store.commit(Transaction([Put(_key(record.id), record.to_json())]))
+                await self._launch(guest, request)
+            except BaseException as error:
+                await self._end(guest, f"it could not be prepared: {error}")
+                raise
+            return await self._status(guest)
+
+    async def _launch(self, guest: Guest, request: IncomingRequest) -> None:
+        host, config = self._host, request.config
+        await host.resources.prepare(config, placeholder=True)
+        machine = await host.hypervisor.launch(host.resources.spec(config, incoming=True))
+        self._adopt(guest, machine)
+        guest.address = await machine.listen(request.settings, request.secret, self._listen_address)
+
+    def _adopt(self, guest: Guest, machine: Machine) -> None:
+        guest.machine = machine
+        guest.watcher = asyncio.create_task(self._watch(guest, machine), name=f"incoming {guest.record.id}")
+
+    async def _watch(self, guest: Guest, machine: Machine) -> None:
+        """A QEMU that dies while it waits (a broken stream ends it) means: refused."""
+        output = await machine.wait_gone()
+        async with guest.lock:
+            if guest.record.phase is IncomingPhase.PREPARED:
+                guest.machine = None
+                await self._end(guest, f"its QEMU ended here: {output.strip()[-500:]}")
+
+    async def accept(self, move_id: str, peer_id: str) -> IncomingStatus:
+        """The source has given the VM to us: record it as ours, then let it run. PeerRefused is a definite no. Once
+        begun it is finished, whether or not the caller still listens."""
+        self._peers.heard(peer_id)
+        return await asyncio.shield(asyncio.create_task(self._accept(move_id, peer_id), name=f"accept {move_id}"))
+
+    async def _accept(self, move_id: str, peer_id: str) -> IncomingStatus:
+        guest = self._guests.get(move_id)
+        if guest is None:
+            raise PeerRefused(f"move {move_id}", "is not known here")
+        self._own(guest, peer_id)
+        async with guest.lock:
+            if guest.record.phase is IncomingPhase.PREPARED:
+                await self._require_loaded(guest)
+                await self._record_accepted(guest)
+            if guest.record.phase is not IncomingPhase.ACCEPTED:
+                raise PeerRefused(f"move {move_id}", guest.record.text or "was refused")
+            return IncomingStatus(phase=IncomingPhase.ACCEPTED)
+
+    async def _require_loaded(self, guest: Guest) -> None:
+        """Refuses for good a move whose state is not all here: what cannot run must not be accepted."""
+        status = await self._status(guest)
+        if not status.loaded:
+            await self._end(guest, "its state has not fully arrived")
+
+    async def _record_accepted(self, guest: Guest) -> None:
+        if guest.record.phase is not IncomingPhase.PREPARED:
+            return
+        host, machine, config = self._host, guest.machine, guest.record.config
+        assert machine is not None
+        accepted = guest.record.but(phase=IncomingPhase.ACCEPTED)
+        vm = VmRecord(
+            config=config, state=VmState.MIGRATING, generation=guest.record.generation, process=machine.process
+        )
+        claims = await host.claims.plan_claim(config.id, config.disks, vm.generation)
+        writes = [Put(_key(accepted.id), accepted.to_json()), Put(vm_key(vm.id), vm.to_json()), *claims.writes]
+        try:
+            revision = await host.store.commit(Transaction(writes, claims.checks, durable=True))
+        except CheckFailed as error:
+            await self._end(guest, f"a disk was claimed here meanwhile ({error.key})")
+            return
+        guest.record = accepted
+        if guest.watcher is not None:
+            guest.watcher.cancel()
+        actor = self._vms.adopt_record(vm, revision, machine)
+        await self._vms.finish_arrival(actor, guest.record.run)
+
+    async def refuse(self, move_id: str, peer_id: str) -> IncomingStatus:
+        """The source gives up (or, once accepted, confirms that it has finished): end it here, or forget it."""
+        self._peers.heard(peer_id)
+        guest = self._guests.get(move_id)
+        if guest is None:
+            return IncomingStatus(phase=IncomingPhase.REFUSED, text="this host does not know the move")
+        self._own(guest, peer_id)
+        async with guest.lock:
+            if guest.record.phase is IncomingPhase.PREPARED:
+                await self._end(guest, "the source gave up")
+            elif guest.record.phase is IncomingPhase.ACCEPTED:
+                await self._forget(guest)
+            return IncomingStatus(phase=guest.record.phase, text=guest.record.text)
+
+    async def _end(self, guest: Guest, text: str) -> None:
+        """Record the refusal first: from then on it can never run here. Then tidy."""
+        host, record = self._host, guest.record
+        guest.record = record.but(phase=IncomingPhase.REFUSED, text=text)
+        await host.store.commit(Transaction([Put(_key(record.id), guest.record.to_json())], durable=True))
+        guest.ended = asyncio.get_running_loop().time()
+        log.info("move.refused", move=record.id, vm=record.config.id, why=text)
+        await self._tidy(guest)
+
+    async def _tidy(self, guest: Guest) -> None:
+        host, config = self._host, guest.record.config
+        if guest.watcher is not None and guest.watcher is not asyncio.current_task():
+            guest.watcher.cancel()
+        with contextlib.suppress(HostlerError):
+            if guest.machine is not None:
+                await guest.machine.quit()
+        guest.machine = None
+        if config.id in host.actors:
+            return  # it is a VM of ours by now: an earlier or later move brought it here
+        await host.hypervisor.kill_leftovers(config.id, str(host.paths.vm_run(config.id)))
+        await host.resources.release(config, forget=True)
+
+    async def _forget(self, guest: Guest) -> None:
+        await self._host.store.commit(Transaction([Delete(_key(guest.record.id))]))
+        self._guests.pop(guest.record.id, None)
+
+    # surviving
+
+    async def recover(self) -> None:
+        """After a restart, once the VMs are adopted: find the QEMUs that wait here, finish what was accepted."""
+        for entry in await self._host.store.list("incoming/"):
+            record = Incoming.model_validate(entry.value)
+            guest = Guest(record)
+            guest.ended = asyncio.get_running_loop().time()
+            self._guests[record.id] = guest
+            if record.phase is IncomingPhase.PREPARED:
+                await self._recover_prepared(guest)
+            elif record.phase is IncomingPhase.ACCEPTED and record.config.id in self._host.actors:
+                actor = self._host.actors[record.config.id]
+                if actor.machine is not None and actor.record.state is VmState.MIGRATING and not actor.record.job:
+                    await self._vms.finish_arrival(actor, record.run)
+        self._reconciler = asyncio.create_task(self._reconcile(), name="incoming reconciler")
+
+    async def _recover_prepared(self, guest: Guest) -> None:
+        config = guest.record.config
+        machine: Machine | None = None
+        with contextlib.suppress(HostlerError):
+            machine = await self._host.hypervisor.adopt(config.id, str(self._host.paths.vm_run(config.id)))
+        async with guest.lock:
+            if machine is None:
+                await self._end(guest, "its QEMU was gone when the daemon came back")
+            else:
+                self._adopt(guest, machine)
+
+    async def _reconcile(self) -> None:
+        while True:
+            await asyncio.sleep(ROUND)
+            for guest in list(self._guests.values()):
+                try:
+                    await self._reconcile_one(guest)
+                except Exception:  # one bad move must not keep the others from being tidied
+                    log.exception("move.reconcile-failed", move=guest.record.id)
+
+    async def _reconcile_one(self, guest: Guest) -> None:
+        if guest.record.phase is IncomingPhase.REFUSED:
+            if asyncio.get_running_loop().time() - guest.ended > REMEMBER:
+                await self._forget(guest)
+            return
+        if guest.record.phase is IncomingPhase.ACCEPTED or self._peers.silent_for(guest.record.source) < ROUND:
+            return
+        word = await self._ask_source(guest)
+        async with guest.lock:
+            if guest.record.phase is not IncomingPhase.PREPARED:
+                return
+            loaded = (await self._status(guest)).loaded
+            silent = self._peers.silent_for(guest.record.source)
+            if target_may_refuse(word, loaded, silent, PATIENCE):
+                await self._end(guest, "the source has given the move up" if word else "the source is silent")
+
+    async def _ask_source(self, guest: Guest) -> SourceWord | None:
+        try:
+            said = await self._peers.link(guest.record.source).outgoing(guest.record.id)
+        except HostlerError:
+            return None
+        return SourceWord(known=said.known, over=said.over, given=said.owner == self._host.facts.id)
+
+    async def close(self) -> None:
+        """The daemon stops: leave the QEMUs waiting; the next daemon finds them."""
+        tasks = [t for t in [self._reconciler, *(g.watcher for g in self._guests.values())] if t is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def inodes_of(paths: Sequence[str]) -> dict[str, int]:
+    """Inode numbers of those paths that exist (file systems shared between hosts show the same number to each)."""
+    found: dict[str, int] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found[path] = os.stat(path).st_ino
+    return found

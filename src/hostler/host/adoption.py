@@ -1,0 +1,149 @@
+"""What a daemon does first: find the VMs its predecessor left, finish or unwind what was under way, tidy the rest.
+
+for each VM:  its QEMU lives and answers -> adopted;  is gone -> off, with its last output;
+              lives but does not answer -> critical, tried again until it answers or is gone
+then for each: an interrupted job -> resumed or unwound;  none -> settled
+last: processes, run directories and taps that belong to no VM go away
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import structlog
+
+from hostler.host.actor import VmActor
+from hostler.host.context import Host
+from hostler.host.operation import Operation
+from hostler.host.steps import Plan
+from hostler.host.vms import VmService
+from hostler.model.errors import HostlerError
+from hostler.model.job import Job
+from hostler.model.vm import CriticalReason, VmRecord, VmState
+from hostler.store.contract import Put, Transaction
+
+log = structlog.get_logger()
+
+RETRY = 5.0
+"""Seconds between two attempts to adopt a QEMU that lives but does not answer."""
+
+
+class Adoption:
+    """Takes over what is there. `operations`: every kind of job on a VM, and how it is recovered."""
+
+    def __init__(self, host: Host, vms: VmService, operations: dict[str, Operation]) -> None:
+        self._host = host
+        self._vms = vms
+        self._operations = operations
+        self._retrying: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Adopt everything. Returns when all is settled but what does not answer."""
+        host = self._host
+        unfinished = {job.id: job for job in await host.jobs.load()}
+        for entry in await host.store.list("vm/"):
+            self._vms.add_actor(VmRecord.model_validate(entry.value), entry.revision)
+        await asyncio.gather(*(self._adopt(actor, unfinished) for actor in list(host.actors.values())))
+        for job in unfinished.values():
+            if job.target not in host.actors:
+                self._recover_without_vm(job)
+
+    async def _adopt(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
+        try:
+            found = await self._attach(actor)
+        except HostlerError as error:
+            log.warning("vm.adoption-failed", vm=actor.record.id, why=str(error))
+            await self._mark_silent(actor, error)
+            task = asyncio.create_task(self._keep_trying(actor, unfinished), name=f"adopt {actor.record.id}")
+            self._retrying.add(task)
+            task.add_done_callback(self._retrying.discard)
+            return
+        log.info("vm.adopted", vm=actor.record.id, state=actor.record.state, qemu=found)
+        await self._recover(actor, unfinished)
+
+    async def _attach(self, actor: VmActor) -> bool:
+        host, vm_id = self._host, actor.record.id
+        run_dir = str(host.paths.vm_run(vm_id))
+        machine = await host.hypervisor.adopt(vm_id, run_dir)
+        if machine is None:
+            actor.note_last_output(await host.hypervisor.last_output(run_dir))
+            return False
+        actor.attach(machine)
+        return True
+
+    @staticmethod
+    async def _mark_silent(actor: VmActor, error: HostlerError) -> None:
+        if actor.record.job is None:
+            text = f"its QEMU is there but does not answer: {error.cause}"
+            await actor.set(state=VmState.CRITICAL, reason=CriticalReason.INCONSISTENT, reason_text=text)
+
+    async def _keep_trying(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
+        while True:
+            await asyncio.sleep(RETRY)
+            if actor.machine is not None or actor.record.state is VmState.OFF:
+                return
+            with contextlib.suppress(HostlerError):  # it still does not answer; said once is enough
+                await self._attach(actor)
+                await self._recover(actor, unfinished)
+                return
+
+    async def _recover(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
+        held = actor.record.job
+        job = unfinished.get(held) if held is not None else None
+        operation = self._operations.get(job.kind) if job is not None else None
+        if job is not None and operation is not None:
+            log.info("job.recover", job=job.id, kind=job.kind, vm=actor.record.id)
+            await operation.recover(self._host, actor, job)
+        elif held is not None:
+            await actor.let_go(held)
+        else:
+            await actor.settle()
+
+    def _recover_without_vm(self, job: Job) -> None:
+        if job.kind == "volume.create":
+            self._host.volumes.recover(job)
+            return
+        self._host.jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
+
+    async def tidy(self, keep: Iterable[str]) -> None:
+        """Remove what belongs to no VM: `keep` has the ids of VMs that are on their way here."""
+        host = self._host
+        known = {*host.actors, *keep}
+        vms = host.paths.run_dir / "vms"
+        for directory in sorted(vms.iterdir()) if vms.is_dir() else []:
+            if directory.name not in known:
+                log.info("host.leftover", run_dir=str(directory))
+                await host.hypervisor.kill_leftovers(directory.name, str(directory))
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+    async def close(self) -> None:
+        """Stop trying."""
+        for task in self._retrying:
+            task.cancel()
+        await asyncio.gather(*self._retrying, return_exceptions=True)
+
+
+async def autostart(host: Host, start: Callable[[str], Awaitable[Job]], boot_key: str = "host/boot") -> None:
+    """Start the VMs that start with the host, in order, each followed by its delay. Only once after each boot of the
+    host: a daemon that is restarted starts nothing that its owner has stopped."""
+    last = await host.store.get(boot_key)
+    if last is not None and last.value.get("boot_id") == host.facts.boot_id:
+        return
+    await host.store.commit(Transaction([Put(boot_key, {"boot_id": host.facts.boot_id})]))
+    for record in in_start_order([a.record for a in host.actors.values()]):
+        try:
+            job = await start(record.id)
+            ended = await host.jobs.wait(job.id, 300)
+            log.info("vm.autostart", vm=record.id, outcome=ended.state)
+        except HostlerError as error:
+            log.warning("vm.autostart-failed", vm=record.id, why=str(error))
+        await asyncio.sleep(record.config.autostart.delay)
+
+
+def in_start_order(records: Sequence[VmRecord]) -> list[VmRecord]:
+    """The VMs that start with the host, first one first: by order, then by name."""
+    wanted = [r for r in records if r.config.autostart.enabled and r.state in (VmState.OFF, VmState.SAVED)]
+    return sorted(wanted, key=lambda r: (r.config.autostart.order, r.name))

@@ -1,0 +1,23 @@
+"""Every operation on a VM, by the kind of its job."""
+
+from __future__ import annotations
+
+from hostler.host.operation import Operation
+from hostler.host.operations import discard, disks, pause, restore, save, start, stop
+
+OPERATIONS: dict[str, Operation] = {
+    operation.kind: operation
+    for operation in (
+        start.OPERATION,
+        stop.SHUTDOWN,
+        stop.TURN_OFF,
+        pause.PAUSE,
+        pause.RESUME,
+        pause.RESET,
+        save.OPERATION,
+        restore.OPERATION,
+        discard.OPERATION,
+        disks.ATTACH,
+        disks.DETACH,
+    )
+}

@@ -1,0 +1,117 @@
+"""Attach and detach disks, while the VM runs or is off.
+
+Attach: claim the volume, give QEMU access, plug it in, record it. Detach: ask the guest to let go, record it, give
+access and claim back. The record changes last on attach and right after the unplug on detach; a daemon that dies in
+between unwinds the attach (QEMU forgets the disk) and, for a detach, believes QEMU's own list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hostler.host.actor import VmActor
+from hostler.host.context import Host
+from hostler.host.operation import Operation, Params
+from hostler.host.operations.launching import claim, unclaim
+from hostler.host.steps import JobContext, Step
+from hostler.model.disk import Bus, Disk
+from hostler.model.errors import NotFound, WrongState
+from hostler.model.job import Job
+from hostler.model.vm import VmConfig, VmRecord, VmState
+
+CHANGEABLE = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.OFF})
+
+
+def with_disk(config: VmConfig, disk: Disk) -> VmConfig:
+    """The configuration with that disk (replacing one of the same id)."""
+    others = tuple(d for d in config.disks if d.id != disk.id)
+    return config.but(disks=(*others, disk))
+
+
+def without_disk(config: VmConfig, disk_id: str) -> VmConfig:
+    """The configuration without that disk."""
+    return config.but(disks=tuple(d for d in config.disks if d.id != disk_id))
+
+
+def attach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
+    disk = Disk.model_validate(params["disk"])
+
+    async def plug(_context: JobContext) -> None:
+        if actor.machine is not None:
+            await actor.machine.attach_disk(disk, host.resources.export_of(actor.record.config, disk))
+
+    async def unplug(_context: JobContext) -> None:
+        if actor.machine is not None and actor.record.config.disk(disk.id) is None:
+            await actor.machine.detach_disk(disk.id, 5.0)
+
+    async def record(_context: JobContext) -> None:
+        def edit(now: VmRecord) -> VmRecord:
+            waiting = with_disk(now.next_config, disk) if now.next_config else None
+            return now.but(config=with_disk(now.config, disk), next_config=waiting)
+
+        await actor.change(edit)
+
+    return (_take(host, actor, disk), Step("plug", plug, unplug), Step("record", record))
+
+
+def _take(host: Host, actor: VmActor, disk: Disk) -> Step:
+    """Claim the volume and let QEMU reach it."""
+
+    async def do(_context: JobContext) -> None:
+        await host.volumes.check_disks((disk,))
+        if actor.machine is not None:
+            await claim(host, actor, (disk,))
+            await host.resources.grant(actor.record.config, disk)
+
+    async def undo(_context: JobContext) -> None:
+        if actor.record.config.disk(disk.id) is None and actor.machine is not None:
+            await host.resources.revoke(actor.record.config, disk)
+            await unclaim(host, actor, (disk,))
+
+    return Step("take", do, undo)
+
+
+def detach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
+    disk_id = str(params["disk_id"])
+    timeout = float(str(params.get("timeout", 30)))
+
+    async def unplug(_context: JobContext) -> None:
+        disk = actor.record.config.disk(disk_id)
+        if disk is None or actor.machine is None:
+            return
+        if disk.bus is not Bus.SCSI:
+            raise WrongState(
+                f"disk {disk_id} of {actor.subject}",
+                "is on the IDE bus, which takes no changes while the VM runs",
+                "shut the VM down first; use SCSI for disks that shall come and go",
+            )
+        await actor.machine.detach_disk(disk_id, timeout)
+
+    async def record(_context: JobContext) -> None:
+        disk = actor.record.config.disk(disk_id)
+        if disk is None:
+            return
+        if actor.machine is not None:
+            await host.resources.revoke(actor.record.config, disk)
+        config = without_disk(actor.record.config, disk_id)
+        waiting = without_disk(actor.record.next_config, disk_id) if actor.record.next_config else None
+        await unclaim(host, actor, (disk,), config=config, next_config=waiting)
+
+    return (Step("unplug", unplug), Step("record", record))
+
+
+def require_disk(record: VmRecord, disk_id: str) -> Disk:
+    """That disk of the VM. NotFound naming the ones there are."""
+    disk = record.config.disk(disk_id)
+    if disk is None:
+        have = ", ".join(d.id for d in record.config.disks) or "none"
+        raise NotFound(f"disk {disk_id} of vm {record.name}", f"there is no such disk; it has: {have}")
+    return disk
+
+
+async def _resume_detach(_host: Host, _actor: VmActor, _job: Job) -> str | None:
+    return "unplug"
+
+
+ATTACH = Operation("disk.attach", "attach a disk", CHANGEABLE, attach_steps)
+DETACH = Operation("disk.detach", "detach a disk", CHANGEABLE, detach_steps, _resume_detach)

@@ -1,0 +1,93 @@
+"""The steps that start and restore share: admit and claim, prepare the host, launch QEMU."""
+
+from __future__ import annotations
+
+from hostler.host.actor import VmActor
+from hostler.host.context import Host
+from hostler.host.steps import JobContext, Step
+from hostler.model.disk import Disk
+from hostler.model.vm import VmConfig, VmState
+from hostler.store.contract import CheckFailed, Transaction
+
+CLAIM_TRIES = 5
+"""Claims are compare-and-swap; a few losses in a row mean somebody else is quicker each time, not that it is broken."""
+
+
+async def claim(host: Host, actor: VmActor, disks: tuple[Disk, ...], **changes: object) -> None:
+    """Change the record and claim those disks in one transaction. InUse names the holder."""
+    for left in reversed(range(CLAIM_TRIES)):
+        extra = await host.claims.plan_claim(actor.record.id, disks, actor.record.generation)
+        try:
+            await actor.set(False, extra, **changes)
+            return
+        except CheckFailed:
+            if not left:
+                raise
+
+
+async def unclaim(host: Host, actor: VmActor, disks: tuple[Disk, ...] | None = None, **changes: object) -> None:
+    """Change the record and give those claims up (all of the VM's when None)."""
+    ids = None if disks is None else [d.id for d in disks]
+    extra: Transaction = await host.claims.plan_release(actor.record.id, ids)
+    await actor.set(False, extra, **changes)
+
+
+def reserve(host: Host, actor: VmActor, state: VmState, back: VmState) -> Step:
+    """Admit the VM to this host, take its waiting configuration, claim its disks, enter `state`."""
+
+    async def do(_context: JobContext) -> None:
+        record = actor.record
+        config = record.next_config if record.next_config is not None and back is VmState.OFF else record.config
+        host.admit(config)
+        await host.volumes.check_disks(config.disks)
+        await claim(
+            host, actor, config.disks, state=state, config=config, next_config=None, reason=None, reason_text=""
+        )
+
+    async def undo(_context: JobContext) -> None:
+        if actor.record.state is not state:
+            return
+        if back is VmState.OFF:
+            await unclaim(host, actor, state=back)
+        else:
+            await actor.set(state=back)
+
+    return Step("reserve", do, undo)
+
+
+def prepare(host: Host, actor: VmActor) -> Step:
+    """Make run directory, access rights, taps and exports."""
+
+    async def do(context: JobContext) -> None:
+        await host.resources.prepare(actor.record.config)
+
+    async def undo(context: JobContext) -> None:
+        await host.resources.release(actor.record.config)
+
+    return Step("prepare", do, undo)
+
+
+def launch(host: Host, actor: VmActor, incoming: bool = False) -> Step:
+    """Start QEMU with the guest stopped."""
+
+    async def do(_context: JobContext) -> None:
+        spec = host.resources.spec(actor.record.config, incoming=incoming)
+        machine = await host.hypervisor.launch(spec)
+        actor.attach(machine)
+        await actor.set(process=machine.process)
+
+    async def undo(_context: JobContext) -> None:
+        await end_machine(host, actor)
+
+    return Step("launch", do, undo)
+
+
+async def end_machine(host: Host, actor: VmActor) -> None:
+    """End the VM's QEMU, whether or not we ever got hold of it; harmless when there is none."""
+    actor.expect_end()
+    if actor.machine is not None:
+        await actor.machine.quit()
+        await actor.gone.wait()
+    config: VmConfig = actor.record.config
+    await host.hypervisor.kill_leftovers(config.id, str(host.paths.vm_run(config.id)))
+    await actor.set(process=None)

@@ -1,0 +1,179 @@
+"""Volumes as the host's users see them: the storage service's functions, long ones as jobs, and what a disk request
+names turned into what a disk is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+
+import structlog
+
+from hostler.host.events import EventHub
+from hostler.host.jobs import JobRunner
+from hostler.host.steps import JobContext, Plan, Step
+from hostler.model.disk import Disk, DiskSource, ImageFormat, SourceKind
+from hostler.model.errors import InUse, InvalidInput, NotFound
+from hostler.model.job import Job, Progress
+from hostler.model.names import nearest
+from hostler.model.requests import DiskAdd, VolumeCreate, VolumeRegister
+from hostler.model.views import Deleted
+from hostler.model.volume import Volume
+from hostler.storage.claims import ClaimBook
+from hostler.storage.devices import inspect_device
+from hostler.storage.volumes import VolumeService
+
+log = structlog.get_logger()
+
+
+class Volumes:
+    """The application functions about volumes."""
+
+    def __init__(self, service: VolumeService, claims: ClaimBook, jobs: JobRunner, events: EventHub) -> None:
+        self.service = service
+        self._claims = claims
+        self._jobs = jobs
+        self._events = events
+
+    async def list(self) -> Sequence[Volume]:
+        """Every volume this host knows, by name."""
+        return await self.service.list()
+
+    async def get(self, ref: str) -> Volume:
+        """The volume with that name or path."""
+        return await self.service.get(ref)
+
+    async def create(self, request: VolumeCreate, by: str) -> Job:
+        """Begin to make a volume; the job's result is the volume."""
+        plan = Plan("volume.create", request.name, request.name, (self._create_step(request),))
+        return await self._jobs.start(plan, by)
+
+    def _create_step(self, request: VolumeCreate) -> Step:
+        async def do(context: JobContext) -> None:
+            def show(fraction: float) -> None:
+                context.progress(Progress(fraction=fraction, text="writing the image"))
+
+            service = self.service
+            if request.source is None:
+                assert request.size is not None
+                volume = await service.create(request.name, request.size, request.format, request.path)
+            else:
+                volume = await service.create_from(
+                    request.name,
+                    request.source,
+                    request.format,
+                    request.size,
+                    request.path,
+                    request.source_format,
+                    show,
+                )
+            self._events.publish("volume", volume.name, volume)
+            context.result(volume.to_json())
+
+        return Step("create", do)
+
+    def recover(self, job: Job) -> None:
+        """Unwind an interrupted creation; the storage service has tidied up at its own start."""
+        self._jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
+
+    async def register(self, request: VolumeRegister, by: str) -> Volume:
+        """Make an existing image a volume, in place."""
+        volume = await self.service.register(request.name, request.path, request.format)
+        self._events.publish("volume", volume.name, volume)
+        log.info("volume.registered", name=volume.name, path=volume.path, by=by)
+        return volume
+
+    async def inspect(self, path: str) -> Volume:
+        """What an image file is, whether or not it is a known volume."""
+        return await self.service.inspect(path)
+
+    async def delete(self, ref: str, by: str, keep_file: bool = False, dry_run: bool = False) -> Deleted:
+        """Forget a volume, and delete its file unless `keep_file`. InUse while a VM has it open."""
+        volume = await self.service.get(ref)
+        outcome = Deleted(
+            id=volume.name,
+            removed=() if keep_file else (volume.path,),
+            kept=(volume.path,) if keep_file else (),
+        )
+        if not dry_run:
+            await self.service.delete(volume.name, keep_file=keep_file)
+            self._events.publish("volume", volume.name, None)
+            log.info("volume.deleted", name=volume.name, path=volume.path, by=by, kept=keep_file)
+        return outcome
+
+    # for the operations on VMs
+
+    async def resolve(self, request: DiskAdd) -> DiskSource:
+        """What a disk request names. Images are recognised by content; raw ones must be said to be raw, since a guest
+        can write any header into a raw image."""
+        if request.device is not None:
+            return await inspect_device(request.device)
+        assert request.volume is not None
+        known = await self._known(request.volume)
+        if known is not None:
+            _require_same_format(known, request.format)
+            return DiskSource(path=known.path, format=known.format, size=known.size)
+        if not request.volume.startswith("/"):
+            names = [v.name for v in await self.service.list()]
+            near = nearest(request.volume, names)
+            advice = f"did you mean {near!r}?" if near else "give the name of a volume or an absolute path"
+            raise NotFound(f"volume {request.volume}", "there is no such volume", advice)
+        found = await self.service.inspect(request.volume, request.format)
+        if found.format is ImageFormat.RAW and request.format is not ImageFormat.RAW:
+            raise InvalidInput(
+                f"volume {request.volume}",
+                "has no header of a known image format",
+                "if it is a raw image, say so: format=raw",
+            )
+        return DiskSource(path=found.path, format=found.format, size=found.size)
+
+    async def _known(self, ref: str) -> Volume | None:
+        try:
+            return await self.service.get(ref)
+        except NotFound:
+            return None
+
+    async def check_disks(self, disks: Sequence[Disk]) -> None:
+        """Raises NotFound if the file or device of one of these disks is not there."""
+        for disk in disks:
+            try:
+                await asyncio.to_thread(os.stat, disk.source.path)
+            except OSError as error:
+                raise NotFound(
+                    f"disk {disk.id} ({disk.source.path})",
+                    f"cannot be reached: {error.strerror}",
+                    "mount its storage, or remove the disk",
+                ) from error
+
+    def is_deletable(self, disk: Disk) -> bool:
+        """Whether deleting a VM with its disks deletes this one."""
+        return disk.source.kind is SourceKind.VOLUME and disk.writes
+
+    async def require_unused(self, paths: Sequence[str], but: str) -> None:
+        """InUse if another VM than `but` holds one of these."""
+        for path in paths:
+            for claim in await self._claims.on(path):
+                if claim.vm != but:
+                    raise InUse(f"volume {path}", f"is in use by VM {claim.vm}", "detach it there first")
+
+    async def delete_file(self, path: str) -> None:
+        """Delete the image of a deleted VM; its volume record goes too."""
+        known = await self._known(path)
+        if known is not None:
+            await self.service.delete(known.name)
+        else:
+            await asyncio.to_thread(_unlink, path)
+
+
+def _require_same_format(volume: Volume, wanted: ImageFormat | None) -> None:
+    if wanted is not None and wanted is not volume.format:
+        raise InvalidInput(f"volume {volume.name}", f"has format {volume.format}, not {wanted}", "leave it out")
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InUse(f"volume {path}", f"could not be deleted: {error.strerror}", "delete it by hand") from error
