@@ -1,0 +1,340 @@
+"""What people see of the API's answers: pure functions from JSON to tables and lists of facts.
+
+They take the JSON as it came, not the models: reading a hundred VMs into models would take longer than everything else
+`hostler vm list` does. A unit test renders real models, so the field names here cannot drift from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hostler.model.units import format_size
+
+Json = Mapping[str, Any]
+
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column is the name, which `--quiet` prints alone. `right`: right-aligned columns;
+    `states`: the column that is coloured; `empty`: what to say instead of nothing."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[str] = frozenset()
+    states: str = "STATE"
+    empty: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Labelled values of one object, with tables below."""
+
+    facts: tuple[tuple[str, str], ...]
+    tables: tuple[Table, ...] = ()
+
+
+def when(text: str | None) -> str:
+    """A time as the API writes it, to the second."""
+    return text[:19].replace("T", " ") if text else UNKNOWN
+
+
+def _size(size: int | None) -> str:
+    return UNKNOWN if size is None else format_size(size)
+
+
+def vm_state(vm: Json) -> str:
+    """The state, with the reason where it is critical."""
+    return f"{vm['state']} ({vm['reason']})" if vm.get("reason") and vm["state"] == "critical" else str(vm["state"])
+
+
+def _vm_note(vm: Json) -> str:
+    if vm.get("reason_text"):
+        return str(vm["reason_text"]).splitlines()[0]
+    return "changes wait for a restart" if vm.get("pending") else ""
+
+
+def vms(found: Sequence[Json]) -> Table:
+    rows = tuple(
+        (
+            vm["config"]["name"],
+            vm_state(vm),
+            str(vm["config"]["vcpus"]),
+            _size(vm["config"]["memory"]),
+            str(len(vm["config"]["disks"])),
+            str(len(vm["config"]["nics"])),
+            _vm_note(vm),
+        )
+        for vm in sorted(found, key=lambda vm: str(vm["config"]["name"]))
+    )
+    columns = ("NAME", "STATE", "VCPUS", "MEMORY", "DISKS", "NICS", "NOTE")
+    right = frozenset({"VCPUS", "MEMORY", "DISKS", "NICS"})
+    return Table(columns, rows, right, empty="no vms; make one with: hostler vm create")
+
+
+def disks(vm: Json) -> Table:
+    rows = tuple(
+        (
+            disk["id"],
+            _address(disk),
+            _size(disk["source"]["size"]),
+            disk["source"]["format"],
+            _disk_kind(disk),
+            disk["source"]["path"],
+        )
+        for disk in vm["config"]["disks"]
+    )
+    return Table(("DISK", "ADDRESS", "SIZE", "FORMAT", "KIND", "SOURCE"), rows, frozenset({"SIZE"}), empty="no disks")
+
+
+def _address(disk: Json) -> str:
+    return f"{disk['bus']} {disk['controller']}:{disk['unit']}"
+
+
+def _disk_kind(disk: Json) -> str:
+    words = [disk["media"]] if disk["media"] != "disk" else []
+    words += ["read-only"] if disk["read_only"] and disk["media"] == "disk" else []
+    words += ["pass-through"] if disk["source"]["kind"] == "device" else []
+    return ", ".join(words) or "disk"
+
+
+def nics(vm: Json) -> Table:
+    rows = tuple(
+        (nic["id"], nic["mac"], nic["network"] + (f" {nic['bridge']}" if nic["bridge"] else ""), str(nic["queues"]))
+        for nic in vm["config"]["nics"]
+    )
+    return Table(("NIC", "MAC", "NETWORK", "QUEUES"), rows, frozenset({"QUEUES"}), empty="no nics")
+
+
+def vm(found: Json) -> Facts:
+    config = found["config"]
+    facts = [
+        ("name", config["name"]),
+        ("id", config["id"]),
+        ("state", vm_state(found)),
+        ("reason", found.get("reason_text") or ""),
+        ("job", found.get("job") or ""),
+        ("vcpus", f"{config['vcpus']} of {config['cpu_model']}"),
+        ("memory", _size(config["memory"])),
+        ("machine", config["machine"]),
+        ("firmware", config["firmware"] + (", secure boot" if config["secure_boot"] else "")),
+        ("tpm", "yes" if config["tpm"] else ""),
+        ("kernel", _kernel(config.get("kernel"))),
+        ("scsi", f"{config['scsi_controllers']} controllers"),
+        ("autostart", _autostart(config["autostart"])),
+        ("shutdown", f"{config['shutdown']['timeout']} s, then {config['shutdown']['then']}"),
+        ("pending", "the running vm takes its changed configuration at the next start" if found["pending"] else ""),
+        ("process", f"{found['process']['pid']} in {found['process']['run_dir']}" if found.get("process") else ""),
+        ("notes", config["notes"]),
+    ]
+    return Facts(_given(facts), (disks(found), nics(found)))
+
+
+def _kernel(kernel: Json | None) -> str:
+    if kernel is None:
+        return ""
+    parts = [kernel["kernel"], f"initrd {kernel['initrd']}" if kernel["initrd"] else "", kernel["cmdline"]]
+    return ", ".join(part for part in parts if part)
+
+
+def _autostart(autostart: Json) -> str:
+    if not autostart["enabled"]:
+        return "no"
+    return f"yes, order {autostart['order']}, then {autostart['delay']} s"
+
+
+def _given(facts: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((label, value) for label, value in facts if value)
+
+
+def volumes(found: Sequence[Json]) -> Table:
+    rows = tuple(
+        (v["name"], v["state"], v["format"], _size(v["size"]), _size(v["allocated"]), v["path"])
+        for v in sorted(found, key=lambda v: str(v["name"]))
+    )
+    columns = ("NAME", "STATE", "FORMAT", "SIZE", "ALLOCATED", "PATH")
+    return Table(columns, rows, frozenset({"SIZE", "ALLOCATED"}), empty="no volumes; make one: hostler volume create")
+
+
+def volume(found: Json) -> Facts:
+    return Facts(
+        _given(
+            (
+                ("name", found["name"]),
+                ("path", found["path"]),
+                ("format", found["format"]),
+                ("size", f"{_size(found['size'])} ({found['size']} bytes)"),
+                ("allocated", _size(found["allocated"])),
+                ("backing", found.get("backing") or ""),
+                ("state", found["state"]),
+                ("created", when(found.get("created")) if found.get("created") else ""),
+            )
+        )
+    )
+
+
+def hosts(found: Sequence[Json]) -> Table:
+    rows = tuple(
+        (
+            host["name"] + (" *" if host["this"] else ""),
+            host["state"],
+            str(host["facts"]["logical_processors"]) if host.get("facts") else UNKNOWN,
+            _size(host["facts"]["memory"]) if host.get("facts") else UNKNOWN,
+            _size(host["memory_free"]) if host.get("facts") else UNKNOWN,
+            str(host["running_vms"]),
+            host["facts"]["accelerator"]["kind"] if host.get("facts") else UNKNOWN,
+            host["address"] or UNKNOWN,
+        )
+        for host in found
+    )
+    columns = ("NAME", "STATE", "CPUS", "MEMORY", "FREE", "RUNNING", "ACCEL", "ADDRESS")
+    return Table(columns, rows, frozenset({"CPUS", "MEMORY", "FREE", "RUNNING"}))
+
+
+def host(found: Json) -> Facts:
+    head = [
+        ("name", found["name"]),
+        ("id", found["id"]),
+        ("state", found["state"] + (f": {found['text']}" if found.get("text") else "")),
+        ("address", found["address"]),
+        ("running vms", str(found["running_vms"])),
+    ]
+    facts = found.get("facts")
+    if facts is None:
+        return Facts(_given(head))
+    return Facts(_given([*head, *_memory(found), *_hardware(facts), *_qemu(facts["qemu"])]))
+
+
+def _memory(found: Json) -> list[tuple[str, str]]:
+    promised, free = _size(found["memory_in_use"]), _size(found["memory_free"])
+    return [("memory", f"{_size(found['facts']['memory'])}, {promised} promised to running vms, {free} free")]
+
+
+def _hardware(facts: Json) -> list[tuple[str, str]]:
+    choice = facts["accelerator"]
+    nodes = len(facts["numa"])
+    return [
+        ("accelerator", choice["kind"] + (" (forced)" if choice["forced"] else "")),
+        ("because", choice["reason"]),
+        ("processors", f"{facts['logical_processors']} logical, {facts['cpu_name']}"),
+        ("numa nodes", str(nodes) if nodes else ""),
+        ("kernel", facts["kernel"]),
+        ("privileged", "yes" if facts["privileged"] else "no: no bridges, no per-vm users"),
+        ("limits", facts["profile"]),
+    ]
+
+
+def _qemu(qemu: Json) -> list[tuple[str, str]]:
+    machines = qemu["machines"]
+    return [
+        ("qemu", f"{qemu['version']}, {qemu['binary']}"),
+        ("machine types", f"{machines[0]} and {len(machines) - 1} older" if machines else ""),
+        ("cpu model", qemu["default_cpu"]),
+        ("uefi", qemu["firmware_code"] or "not installed (package ovmf)"),
+        ("vtpm", "yes" if qemu["tpm"] else "not installed (package swtpm)"),
+        ("sandbox", "yes" if qemu["sandbox"] else "no"),
+        ("io_uring", "yes" if qemu["aio_io_uring"] else "no"),
+    ]
+
+
+def limits(found: Json) -> Facts:
+    sizes = ("vm_memory", "vhd_size", "volume_size")
+    facts = [("profile", str(found["profile"]))]
+    for name, value in found.items():
+        if name != "profile":
+            shown = "what the host has" if value is None else _size(value) if name in sizes else str(value)
+            facts.append((name, shown))
+    return Facts(tuple(facts))
+
+
+def job_progress(job: Json) -> str:
+    """How far it is, or how it ended, in a few words."""
+    if job.get("error"):
+        return str(job["error"]["cause"])
+    progress = job["progress"]
+    words = [f"{progress['fraction']:.0%}"] if progress.get("fraction") is not None else []
+    words += [progress["text"]] if progress.get("text") else []
+    return " ".join(words)
+
+
+def jobs(found: Sequence[Json]) -> Table:
+    rows = tuple(
+        (
+            job["id"],
+            job["state"],
+            job["kind"],
+            job["target_name"] or job["target"],
+            when(job["created"]),
+            job["by"],
+            job_progress(job),
+        )
+        for job in sorted(found, key=lambda job: str(job["created"]))
+    )
+    return Table(("ID", "STATE", "KIND", "TARGET", "CREATED", "BY", "PROGRESS"), rows, empty="no jobs")
+
+
+def job(found: Json) -> Facts:
+    error = found.get("error") or {}
+    facts = [
+        ("id", found["id"]),
+        ("kind", found["kind"]),
+        ("target", f"{found['target_name']} ({found['target']})" if found["target_name"] else found["target"]),
+        ("state", found["state"]),
+        ("progress", job_progress(found) if not error else ""),
+        ("error", f"{error['object']}: {error['cause']}" if error else ""),
+        ("advice", error.get("advice", "")),
+        ("by", found["by"]),
+        ("created", when(found["created"])),
+        ("ended", when(found["ended"]) if found.get("ended") else ""),
+        ("can be cancelled", "yes" if found["cancellable"] and not found.get("ended") else ""),
+    ]
+    rows = tuple((step["name"], step["state"], when(step["started"]), when(step["ended"])) for step in found["steps"])
+    return Facts(_given(facts), (Table(("STEP", "STATE", "STARTED", "ENDED"), rows),) if rows else ())
+
+
+def tokens(found: Sequence[Json]) -> Table:
+    rows = tuple((t["name"], t["role"], when(t["created"]), t["id"]) for t in found)
+    return Table(("NAME", "ROLE", "CREATED", "ID"), rows, states="", empty="no tokens")
+
+
+def deleted(found: Json, *, dry_run: bool) -> str:
+    """What went and what stayed."""
+    verb = "would remove" if dry_run else "removed"
+    lines = [f"{verb} {path}" for path in found["removed"]]
+    lines += [f"{'would keep' if dry_run else 'kept'} {path}" for path in found["kept"]]
+    return "\n".join(lines) or ("would remove nothing else" if dry_run else "removed")
+
+
+def plan(found: Json) -> str:
+    """Whether a VM may move, and everything that stands in the way."""
+    head = f"vm {found['vm']}: {found['source']} -> {found['target']}, {found['settings']['mode']}"
+    if not found["blockers"]:
+        return f"{head}: possible, at most {_size(found['memory'])} of memory to send"
+    lines = [f"{head}: not possible"]
+    for blocker in found["blockers"]:
+        lines.append(f"  {blocker['kind']}: {blocker['text']}")
+        lines += [f"    {blocker['advice']}"] if blocker["advice"] else []
+    return "\n".join(lines)
+
+
+def move_line(job: Json) -> str:
+    """One line about a running move: phase, bytes, round, rates, expected pause."""
+    detail = job["progress"].get("detail") or {}
+    running = [step["name"] for step in job["steps"] if step["state"] == "running"]
+    words = [running[-1] if running else job["state"]]
+    if detail.get("total"):
+        words.append(
+            f"{_size(detail['transferred'])} sent, {_size(detail['remaining'])} of {_size(detail['total'])} left"
+        )
+    if detail.get("rounds"):
+        words.append(f"round {detail['rounds']}")
+    if detail.get("rate"):
+        words.append(f"{_size(detail['rate'])}/s, guest writes {_size(detail.get('dirty_rate') or 0)}/s")
+    if detail.get("expected_pause") is not None:
+        words.append(f"expected pause {detail['expected_pause']} ms")
+    if detail.get("remaining_time") is not None:
+        words.append(f"{detail['remaining_time'] / 1000:.0f} s to go")
+    return "  ".join(words)
