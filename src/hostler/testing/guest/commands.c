@@ -1,0 +1,49 @@
+/* The commands of the serial line, and the few that need no file of their own. */
+#include <stdio.h>
+#include <string.h>
+#include <sys/sysinfo.h>
+
+#include "guest.h"
+
+static void cmd_ping(const struct request *request) {
+    answer(request, "{\"count\":%llu,\"boot\":\"%016llx\"}", (unsigned long long)next_count(),
+           (unsigned long long)boot_id);
+}
+
+static void cmd_uptime(const struct request *request) {
+    answer(request, "{\"ns\":%llu,\"boot\":\"%016llx\"}", (unsigned long long)now_ns(), (unsigned long long)boot_id);
+}
+
+static void cmd_mem(const struct request *request) {
+    struct sysinfo info;
+    sysinfo(&info);
+    answer(request, "{\"total\":%llu,\"free\":%llu,\"cpus\":%d}", (unsigned long long)info.totalram * info.mem_unit,
+           (unsigned long long)info.freeram * info.mem_unit, get_nprocs());
+}
+
+static const struct command commands[] = {
+    {"ping", 0, 0, false, cmd_ping},
+    {"uptime", 0, 0, false, cmd_uptime},
+    {"mem", 0, 0, false, cmd_mem},
+    {"disks", 0, 0, false, cmd_disks},
+    {"write", 3, 4, true, cmd_write},
+    {"verify", 3, 4, true, cmd_verify},
+    {"pattern-start", 2, 4, false, cmd_pattern_start},
+    {"pattern-stop", 0, 0, true, cmd_pattern_stop},
+    {"pattern-status", 0, 0, false, cmd_pattern_status},
+    {"pattern-verify", 2, 4, true, cmd_pattern_verify},
+    {"dirty", 0, 2, true, cmd_dirty},
+    {"ticks", 1, 1, false, cmd_ticks},
+    {"ip", 1, 2, false, cmd_ip},
+    {"mac", 0, 0, false, cmd_mac},
+    {"beat", 3, 3, false, cmd_beat},
+    {"poweroff", 0, 0, false, cmd_poweroff},
+    {"reboot", 0, 0, false, cmd_reboot},
+};
+
+const struct command *find_command(const char *name) {
+    for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++)
+        if (strcmp(commands[i].name, name) == 0)
+            return &commands[i];
+    return NULL;
+}
