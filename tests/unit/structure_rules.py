@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+
+import pytest
 
 FUNCTION_LINES = 60
 FILE_LINES = 600
@@ -43,6 +45,12 @@ PURE_MODULES = frozenset(
     ]
 )
 """What the model may import beside itself: nothing of it reaches a file, a process, a socket or the network."""
+
+
+def nothing_of(found: list[str]) -> None:
+    """Fails with every offence in full: pytest shortens lists."""
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
 
 
 def sizes(source: str) -> Iterator[str]:
@@ -107,22 +115,21 @@ def impurities(source: str) -> Iterator[str]:
                 yield f"{getattr(node, 'lineno', 0)}: imports {name}"
 
 
-LAUNCHERS = frozenset(
-    [
-        "create_subprocess_exec",
-        "Popen",
-        "run",
-        "check_output",
-        "check_call",
-        "call",
-        "which",
-        "execv",
-        "execve",
-        "execvp",
-        "execvpe",
-        "posix_spawn",
-    ]
-)
+LAUNCHERS = {
+    "subprocess": {"Popen", "run", "check_output", "check_call", "call"},
+    "asyncio": {"create_subprocess_exec"},
+    "shutil": {"which"},
+    "os": {"execv", "execve", "execvp", "execvpe", "posix_spawn"},
+}
+"""Functions of the standard library that start a program or look for one."""
+
+
+def _launches(call: ast.Call) -> bool:
+    if isinstance(call.func, ast.Name):
+        return call.func.id in {"Popen", "create_subprocess_exec", "which"}
+    if isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
+        return call.func.attr in LAUNCHERS.get(call.func.value.id, ())
+    return False
 
 
 def _first_word(node: ast.expr, known: dict[str, str]) -> str | None:
@@ -162,10 +169,16 @@ def programs(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args:
             continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        word = _first_word(node.args[0], known) if name in LAUNCHERS else None
+        word = _first_word(node.args[0], known) if _launches(node) else None
         if word is not None:
             yield node.lineno, word
+
+
+def mentions(source: str, names: Collection[str]) -> Iterator[tuple[int, str]]:
+    """Line and name of each string of the code that is exactly one of `names`: programs started through helpers."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names:
+            yield node.lineno, node.value
 
 
 def shells(source: str) -> Iterator[str]:
