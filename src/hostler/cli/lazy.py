@@ -68,7 +68,7 @@ class Command(click.Command):
         own: list[tuple[str, str]] = []
         shared: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 (shared if isinstance(parameter, GlobalOption) else own).append(record)
         for title, records in (("Options", own), ("Global options", shared)):

@@ -96,5 +96,10 @@ def _failed(error: HostlerError, as_json: bool) -> int:
 def _misused(error: click.ClickException, as_json: bool) -> int:
     if as_json:
         return _failed(InvalidInput("command line", error.format_message().rstrip("."), "see: hostler --help"), True)
-    error.show()
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return Exit.USAGE
+    click.echo(f"error: {error.format_message().rstrip('.')}", err=True)
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(f"  see: {error.ctx.command_path} --help", err=True)
     return Exit.USAGE if isinstance(error, click.UsageError) else Exit.FAILURE

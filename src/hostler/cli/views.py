@@ -54,7 +54,9 @@ def vm_state(vm: Json) -> str:
 def _vm_note(vm: Json) -> str:
     if vm.get("reason_text"):
         return str(vm["reason_text"]).splitlines()[0]
-    return "changes wait for a restart" if vm.get("pending") else ""
+    if vm.get("handed_to"):
+        return "handed over to another host, which has not confirmed yet"
+    return "changes wait for the next start" if vm.get("next_config") else ""
 
 
 def vms(found: Sequence[Json]) -> Table:
@@ -126,7 +128,8 @@ def vm(found: Json) -> Facts:
         ("scsi", f"{config['scsi_controllers']} controllers"),
         ("autostart", _autostart(config["autostart"])),
         ("shutdown", f"{config['shutdown']['timeout']} s, then {config['shutdown']['then']}"),
-        ("pending", "the running vm takes its changed configuration at the next start" if found["pending"] else ""),
+        ("pending", "a changed configuration waits for the next start" if found.get("next_config") else ""),
+        ("handed to", found.get("handed_to") or ""),
         ("process", f"{found['process']['pid']} in {found['process']['run_dir']}" if found.get("process") else ""),
         ("notes", config["notes"]),
     ]
@@ -308,9 +311,9 @@ def deleted(found: Json, *, dry_run: bool) -> str:
     return "\n".join(lines) or ("would remove nothing else" if dry_run else "removed")
 
 
-def plan(found: Json) -> str:
-    """Whether a VM may move, and everything that stands in the way."""
-    head = f"vm {found['vm']}: {found['source']} -> {found['target']}, {found['settings']['mode']}"
+def plan(found: Json, vm: str, to: str) -> str:
+    """Whether a VM may move, and everything that stands in the way. `vm` and `to` as the person called them."""
+    head = f"move of vm {vm} to host {to} ({found['settings']['mode']})"
     if not found["blockers"]:
         return f"{head}: possible, at most {_size(found['memory'])} of memory to send"
     lines = [f"{head}: not possible"]

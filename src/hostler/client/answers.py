@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import types
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue, TypeAdapter
+    from pydantic import TypeAdapter
 
     from hostler.model.job import Job
     from hostler.model.limits import Limits
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         PeerIntroduction,
         TokenSecret,
         TokenView,
+        Version,
     )
     from hostler.model.vm import VmRecord
     from hostler.model.volume import Volume
@@ -61,14 +61,6 @@ class Model(Answer[T]):
         return TypeAdapter(self.model())
 
 
-class _Json(Answer["dict[str, JsonValue]"]):
-    def parse(self, content: bytes) -> dict[str, JsonValue]:
-        found = json.loads(content)
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        return found
-
-
 class _Bytes(Answer[bytes]):
     def parse(self, content: bytes) -> bytes:
         return content
@@ -98,6 +90,6 @@ BLOCKERS: Answer[list[Blocker]] = Model("migration", "Blocker", many=True)
 INCOMING: Answer[IncomingStatus] = Model("migration", "IncomingStatus")
 OUTGOING: Answer[OutgoingStatus] = Model("views", "OutgoingStatus")
 INTRODUCTION: Answer[PeerIntroduction] = Model("views", "PeerIntroduction")
-JSON: Answer[dict[str, JsonValue]] = _Json()
+VERSION: Answer[Version] = Model("views", "Version")
 BYTES: Answer[bytes] = _Bytes()
 NOTHING: Answer[None] = _Nothing()

@@ -13,7 +13,7 @@ from hostler.client.answers import Answer
 from hostler.model.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel, JsonValue
+    from pydantic import BaseModel
 
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         PeerIntroduction,
         TokenSecret,
         TokenView,
+        Version,
     )
     from hostler.model.vm import VmRecord
     from hostler.model.volume import Volume
@@ -256,8 +257,8 @@ def token_revoke(ref: str) -> Call[None]:
     return Call("DELETE", f"/v1/tokens/{url_part('token', ref)}", answers.NOTHING)
 
 
-def version() -> Call[dict[str, JsonValue]]:
-    return Call("GET", "/v1/version", answers.JSON)
+def version() -> Call[Version]:
+    return Call("GET", "/v1/version", answers.VERSION)
 
 
 def events_query(kind: str | None = None, key: str | None = None) -> dict[str, str]:

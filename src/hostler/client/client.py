@@ -22,8 +22,6 @@ from hostler.client.target import Target, find_target
 from hostler.model.errors import Cancelled, InternalError, TimedOut
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
-
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.requests import (
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
         MigrationPlan,
         TokenSecret,
         TokenView,
+        Version,
     )
     from hostler.model.vm import VmRecord
     from hostler.model.volume import Volume
@@ -247,7 +246,7 @@ class Client:
         """Any call, and its answer as the host wrote it."""
         return self.transport.send(call)
 
-    def version(self) -> dict[str, JsonValue]:
+    def version(self) -> Version:
         """`version` and `api_extensions` of the host."""
         return self.send(calls.version())
 

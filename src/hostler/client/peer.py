@@ -56,17 +56,17 @@ class PeerClient:
     async def prepare(self, request: IncomingRequest) -> IncomingStatus:
         return await self._send(calls.peer_prepare(request), max(self.deadline, PREPARE_DEADLINE))
 
-    async def status(self, id: str) -> IncomingStatus:
-        return await self._send(calls.peer_status(id))
+    async def status(self, move_id: str) -> IncomingStatus:
+        return await self._send(calls.peer_status(move_id))
 
-    async def accept(self, id: str) -> IncomingStatus:
-        return await self._send(calls.peer_accept(id))
+    async def accept(self, move_id: str) -> IncomingStatus:
+        return await self._send(calls.peer_accept(move_id))
 
-    async def refuse(self, id: str) -> IncomingStatus:
-        return await self._send(calls.peer_refuse(id))
+    async def refuse(self, move_id: str) -> IncomingStatus:
+        return await self._send(calls.peer_refuse(move_id))
 
-    async def outgoing(self, id: str) -> OutgoingStatus:
-        return await self._send(calls.peer_outgoing(id))
+    async def outgoing(self, move_id: str) -> OutgoingStatus:
+        return await self._send(calls.peer_outgoing(move_id))
 
     async def introduce(self, introduction: PeerIntroduction) -> PeerIntroduction:
         return await self._send(calls.peer_introduce(introduction))

@@ -113,9 +113,8 @@ def _add_new(settings: Settings, vm: str, size: int, dry_run: bool, given: dict[
 
 def attached(vm: str, job: Json) -> str:
     """What is said when a disk is attached."""
-    disk = (job.get("result") or {}).get("disk")
-    name = disk.get("id") if isinstance(disk, dict) else disk
-    return f"vm {vm} has disk {name}" if name else f"vm {vm} has the disk"
+    disk = job["params"].get("disk") or {}
+    return f"vm {vm} has disk {disk['id']}" if "id" in disk else f"vm {vm} has the disk"
 
 
 @click.command("remove", cls=Command)

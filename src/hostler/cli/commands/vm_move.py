@@ -56,7 +56,7 @@ def move(
     )
     if dry_run:
         content = settings.client.raw(calls.vm_migrate_check(vm, request))
-        output.show(settings, content, views.plan)
+        output.show(settings, content, lambda found: views.plan(found, vm, to))
         return Exit.REFUSED if json.loads(content)["blockers"] else Exit.OK
     return run_job(
         settings,
