@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+import httpcore2
 import httpx2
 
 from hostler.client import wire
@@ -31,15 +33,45 @@ class _Sent:
             self.yes = True
 
 
+class _UnixBackend(httpcore2.SyncBackend):
+    """Finds out whether anybody listens before the library tries: httpcore2 2.16 leaves a socket that it could not
+    connect open until the garbage collector finds it, and Python warns of that."""
+
+    def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[Any] | None = None
+    ) -> httpcore2.NetworkStream:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(timeout)
+            try:
+                probe.connect(path)
+            except TimeoutError as error:
+                raise httpcore2.ConnectTimeout(str(error)) from error
+            except OSError as error:
+                raise httpcore2.ConnectError(str(error)) from error
+        return super().connect_unix_socket(path, timeout, socket_options)
+
+
+def _http_transport(target: Target) -> httpx2.HTTPTransport:
+    context = wire.tls_context(target)
+    transport = httpx2.HTTPTransport(verify=context, trust_env=False, uds=target.socket)
+    if target.socket is not None:
+        transport._pool = httpcore2.ConnectionPool(
+            ssl_context=context, uds=target.socket, network_backend=_UnixBackend()
+        )
+    return transport
+
+
 class Transport:
     """Sends calls to one host. Every call has a deadline; every failure is a HostlerError."""
 
     def __init__(self, target: Target, deadline: float = wire.DEADLINE) -> None:
         self.target = target
         self.deadline = deadline
-        transport = httpx2.HTTPTransport(verify=wire.tls_context(target), trust_env=False, uds=target.socket)
         self._http = httpx2.Client(
-            base_url=target.url or wire.UNIX_BASE, headers=wire.headers(target), transport=transport, trust_env=False
+            base_url=target.url or wire.UNIX_BASE,
+            headers=wire.headers(target),
+            transport=_http_transport(target),
+            trust_env=False,
         )
 
     def send(self, call: Call[Any], deadline: float | None = None) -> bytes:

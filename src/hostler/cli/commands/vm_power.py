@@ -20,7 +20,7 @@ def _act(settings: Settings, vm: str, action: str, wait: bool, done: str) -> int
 @options.WAIT
 @click.pass_obj
 def start(settings: Settings, vm: str, wait: bool) -> int:
-    """Start a VM that is off, or restore one that is saved."""
+    """Start a VM that is off."""
     return _act(settings, vm, "start", wait, "is running")
 
 
