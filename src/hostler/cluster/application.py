@@ -81,6 +81,8 @@ class Application:
         """Take over what is there: VMs, jobs, moves. The API may answer from its return on."""
         await self.peers.load()
         await self.volume_service.recover()
+        for note in await self.host.store.list("moved/"):
+            self.host.moved[note.key.removeprefix("moved/")] = (str(note.value["name"]), str(note.value["host_name"]))
         await self.adoption.run()
         await self.incoming.recover()
         await self.adoption.tidy(self.incoming.expected())
@@ -124,7 +126,7 @@ def build_application(parts: Parts) -> Application:
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
         migrations=migrations,
-        incoming=IncomingService(host, vms, peers, parts.migration_address),
+        incoming=IncomingService(host, vms, peers, parts.migration_address, parts.hook),
         limits=host.limits,
         peers=peers,
         adoption=Adoption(host, vms, {**OPERATIONS, migrations.operation.kind: migrations.operation}),

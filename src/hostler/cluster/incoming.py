@@ -22,6 +22,7 @@ from hostler.cluster.peers import PeerBook
 from hostler.host.actor import vm_key
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
+from hostler.host.steps import StepHook
 from hostler.host.vms import VmService
 from hostler.model.disk import SourceKind
 from hostler.model.errors import Blocked, HostlerError, NotPermitted, PeerRefused
@@ -45,6 +46,11 @@ ROUND = 5.0
 """Seconds between two rounds of the reconciler."""
 
 
+def key_of_moved(vm_id: str) -> str:
+    """Where the note "this VM moved to that host" is in the store."""
+    return f"moved/{vm_id}"
+
+
 def _key(move_id: str) -> str:
     return f"incoming/{move_id}"
 
@@ -64,11 +70,14 @@ class Guest:
 class IncomingService:
     """Every move to this host."""
 
-    def __init__(self, host: Host, vms: VmService, peers: PeerBook, listen_address: str) -> None:
+    def __init__(
+        self, host: Host, vms: VmService, peers: PeerBook, listen_address: str, hook: StepHook | None = None
+    ) -> None:
         self._host = host
         self._vms = vms
         self._peers = peers
         self._listen_address = listen_address
+        self._hook = hook
         self._guests: dict[str, Guest] = {}
         self._reconciler: asyncio.Task[None] | None = None
 
@@ -225,21 +234,27 @@ class IncomingService:
             return
         host, machine, config = self._host, guest.machine, guest.record.config
         assert machine is not None
+        if self._hook is not None:
+            await self._hook("incoming/accept", "before")
         accepted = guest.record.but(phase=IncomingPhase.ACCEPTED)
         vm = VmRecord(
             config=config, state=VmState.MIGRATING, generation=guest.record.generation, process=machine.process
         )
         claims = await host.claims.plan_claim(config.id, config.disks, vm.generation)
-        writes = [Put(_key(accepted.id), accepted.to_json()), Put(vm_key(vm.id), vm.to_json()), *claims.writes]
+        records = [Put(_key(accepted.id), accepted.to_json()), Put(vm_key(vm.id), vm.to_json())]
+        writes = [*records, Delete(key_of_moved(vm.id)), *claims.writes]
         try:
             revision = await host.store.commit(Transaction(writes, claims.checks, durable=True))
         except CheckFailed as error:
             await self._end(guest, f"a disk was claimed here meanwhile ({error.key})")
             return
         guest.record = accepted
+        host.moved.pop(config.id, None)
         if guest.watcher is not None:
             guest.watcher.cancel()
         actor = self._vms.adopt_record(vm, revision, machine)
+        if self._hook is not None:
+            await self._hook("incoming/accept", "after")
         await self._vms.finish_arrival(actor, guest.record.run)
 
     async def refuse(self, move_id: str, peer_id: str) -> IncomingStatus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hostler.cluster import outgoing
 from hostler.cluster.check import blockers_at_source
+from hostler.cluster.incoming import key_of_moved
 from hostler.cluster.peers import PeerBook
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
@@ -99,7 +100,7 @@ class MigrationService:
         if actor is not None:
             return actor.record.handed_to or self._host.facts.id
         try:
-            moved = await self._host.store.get(outgoing.key_of_moved(job.target))
+            moved = await self._host.store.get(key_of_moved(job.target))
         except HostlerError:
             moved = None
         return str(moved.value["host"]) if moved is not None else self._host.facts.id

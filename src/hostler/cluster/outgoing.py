@@ -20,7 +20,7 @@ import structlog
 from pydantic import JsonValue
 
 from hostler.cluster.handover import Answer, Owner, Qemu, SourceAction, source_asks, source_recovers
-from hostler.cluster.incoming import inodes_of
+from hostler.cluster.incoming import inodes_of, key_of_moved
 from hostler.cluster.peers import PeerBook, PeerLink, never_sent
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
@@ -48,15 +48,13 @@ log = structlog.get_logger()
 
 SENDING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug"})
 """QEMU's migration states (qapi/migration.json) in which the guest's fate is still open."""
-HEARTBEAT = 5.0
+HEARTBEAT = 2.0
 """Seconds between two words to the target during pre-copy; it gives up after 30 s without one."""
+PATIENCE = 15.0
+"""Seconds of silence of the target after which a transfer is given up. A stream into a cut network does not end by
+itself, and the guest may stand still meanwhile."""
 RETRY_FIRST, RETRY_MOST = 0.05, 2.0
 """Seconds between attempts to reach the target after the hand-over: at once at first, then gently."""
-
-
-def key_of_moved(vm_id: str) -> str:
-    """Where the note "this VM moved to that host" is in the store."""
-    return f"moved/{vm_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +139,14 @@ def pre_copy(move: Move) -> Step:
         actor = move.actor
         assert actor.machine is not None
         await actor.set(state=VmState.MIGRATING)
-        heartbeat = asyncio.create_task(_heartbeat(move, context.job.id), name="move heartbeat")
+        if move.settings.mode is MigrationMode.QUICK:
+            await actor.machine.stop()
         try:
-            if move.settings.mode is MigrationMode.QUICK:
-                await actor.machine.stop()
             result = await _send(move, context)
         except QemuFailed:
             if not await _lost_but_sent(move, context.job.id):
                 raise
             return
-        finally:
-            heartbeat.cancel()
         if result.end is not MigrationEnd.COMPLETED:
             raise QemuFailed(actor.subject, f"the transfer of its memory {result.end}: {result.text}".rstrip(": "))
 
@@ -173,27 +168,43 @@ async def _lost_but_sent(move: Move, move_id: str) -> bool:
 
 
 async def _send(move: Move, context: JobContext) -> MigrationResult:
+    """Send the whole state while watching the target. Whatever ends it early (cancelled, the target silent), the
+    transfer is stopped before this returns."""
     machine = move.actor.machine
     assert machine is not None
     address = str(context.job.data["address"])
     sending = asyncio.create_task(
         machine.migrate_to(address, move.settings, move.secret, lambda p: show(context, p)), name="migrate"
     )
+    watching = asyncio.create_task(_target_silent(move, context.job.id), name="watch the target")
     try:
-        return await asyncio.shield(sending)
-    except asyncio.CancelledError:
-        with contextlib.suppress(HostlerError):
-            await machine.cancel_migration()
-        await asyncio.wait({sending}, timeout=10)
-        raise
+        await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if sending.done():
+            return sending.result()
+        raise PeerUnreachable(
+            move.actor.subject,
+            f"{move.peers.get(move.target).name} has not answered for {PATIENCE:.0f} s; the VM stays here",
+            "check the network between the hosts, then move it again",
+        )
+    finally:
+        watching.cancel()
+        if not sending.done():
+            with contextlib.suppress(HostlerError):
+                await machine.cancel_migration()
+            await asyncio.wait({sending}, timeout=30)
 
 
-async def _heartbeat(move: Move, move_id: str) -> None:
-    """The target gives a move up that it hears nothing of; and its answers keep the connection warm."""
-    while True:
-        with contextlib.suppress(HostlerError):
-            await move.link.warm()
+async def _target_silent(move: Move, move_id: str) -> None:
+    """Returns when the target has said nothing for PATIENCE. The asking tells the target that we are there, and keeps
+    the connection warm for the hand-over."""
+    clock = asyncio.get_running_loop()
+    heard = clock.time()
+    while clock.time() - heard < PATIENCE:
+        try:
             await move.link.status(move_id)
+            heard = clock.time()
+        except HostlerError as error:
+            log.info("move.target-silent", move=move_id, why=str(error))
         await asyncio.sleep(HEARTBEAT)
 
 
@@ -323,6 +334,7 @@ def clean_up(move: Move) -> Step:
         writes = [Put(key_of_moved(actor.record.id), note), *claims.writes]
         await actor.delete(Transaction(writes, claims.checks))
         host.actors.pop(actor.record.id, None)
+        host.moved[actor.record.id] = (actor.record.name, peer.name)
         with contextlib.suppress(HostlerError):  # it may forget later: its own reconciler sees to it
             await move.link.refuse(context.job.id)
 

@@ -36,15 +36,23 @@ class Host:
     claims: ClaimBook
     volumes: Volumes
     actors: dict[str, VmActor] = field(default_factory=dict)
+    moved: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Id of each VM that moved away: its name, and the name of the host it moved to."""
 
     def actor(self, ref: str) -> VmActor:
         """The actor of the VM with that id or name. NotFound with the nearest name otherwise."""
         found = self.actors.get(ref) or next((a for a in self.actors.values() if a.record.name == ref), None)
         if found is None:
-            near = nearest(ref, (a.record.name for a in self.actors.values()))
-            advice = f"did you mean {near!r}?" if near else "list the known ones with 'hostler vm list'"
-            raise NotFound(f"vm {ref}", "there is no such VM on this host", advice)
+            raise self._not_found(ref)
         return found
+
+    def _not_found(self, ref: str) -> NotFound:
+        for vm_id, (name, host) in self.moved.items():
+            if ref in (vm_id, name):
+                return NotFound(f"vm {ref}", f"moved to host {host}", f"ask that host: hostler --host {host} ...")
+        near = nearest(ref, (a.record.name for a in self.actors.values()))
+        advice = f"did you mean {near!r}?" if near else "list the known ones with 'hostler vm list'"
+        return NotFound(f"vm {ref}", "there is no such VM on this host", advice)
 
     def running(self) -> list[VmRecord]:
         """Every VM that has, or may have, a QEMU here."""

@@ -241,10 +241,10 @@ class JobRunner:
         if any(s.name == step.name for s in running.job.steps):
             await running.save(steps=running.step_states(step.name, StepState.RUNNING))
         if self._hook is not None:
-            await self._hook(running.job, step.name, "before")
+            await self._hook(f"{running.job.kind}/{step.name}", "before")
         await step.do(running)
         if self._hook is not None:
-            await self._hook(running.job, step.name, "after")
+            await self._hook(f"{running.job.kind}/{step.name}", "after")
         running._job = running.job.model_copy(update={"steps": running.step_states(step.name, StepState.DONE)})
 
     async def _end(self, running: Running, touched: Sequence[Step], error: HostlerError | None) -> None:

@@ -62,5 +62,6 @@ class Plan:
     finish: Callable[[Job], Awaitable[None]] | None = None
 
 
-StepHook = Callable[[Job, str, str], Awaitable[None]]
-"""Called with the job, the step's name and "before" or "after". The testing package injects failures here."""
+StepHook = Callable[[str, str], Awaitable[None]]
+"""Called around each step with "KIND/STEP" ("vm.migrate/pre-copy") and "before" or "after"; also by the target of a
+move ("incoming/accept"). The testing package injects failures here; in production there is none."""
