@@ -1,8 +1,8 @@
 """The micro guest: a kernel and an initramfs that boot under TCG in a few seconds and obey a test.
 
-Built on this machine from Debian packages (the cloud kernel and its modules, busybox for a rescue shell, gcc for the one
-static program in `guest/`), and kept in a cache. What the guest can do stands in `guest/commands.c`; `guestclient`
-speaks its serial protocol.
+Built on this machine from Debian packages (the cloud kernel and its modules, busybox for a rescue shell, gcc for the
+one static program in `guest/`), and kept in a cache. What the guest can do stands in `guest/commands.c`;
+`guestclient` speaks its serial protocol.
 """
 
 from __future__ import annotations

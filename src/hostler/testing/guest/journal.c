@@ -1,7 +1,7 @@
 /* The journal: a thread that writes numbered blocks round and round a range of a disk, each flushed before the next,
  * and knows the last number the disk acknowledged. Reading back tells
  *   lost     a block whose acknowledged write is not on the disk,
- *   torn     a block that is no whole block,
+ *   torn     a block that is no whole block of its slot,
  *   foreign  a block with the right number that this guest did not write: a second running copy of it did.
  *
  * Block n lies in slot n % slots. Words: magic, seed, number, stamp (the guest's clock), then mix64(seed ^ mix64(number,
@@ -191,7 +191,7 @@ static void judge(struct verdict *verdict, const uint64_t *words, uint64_t seed,
     uint64_t expected = expected_in(slot, slots, acked);
     bool in_flight = (acked + 1) % slots == slot; /* the write that was never acknowledged may be there or not */
     verdict->checked++;
-    if (!whole_block(words, seed)) {
+    if (!whole_block(words, seed) || words[2] % slots != slot) {
         if (!in_flight)
             verdict->torn++;
         return;
