@@ -53,21 +53,20 @@ def environment(cache: Path) -> dict[str, str]:
 
 def execute(command: list[str], env: dict[str, str]) -> tuple[int, str]:
     """Run a command with its output shown as it comes; returns exit code and the last 64 KiB of that output."""
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    watchdog = threading.Timer(DEADLINE, process.kill)
-    watchdog.start()
     tail = b""
-    try:
-        while chunk := os.read(process.stdout.fileno(), 65536):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-            tail = (tail + chunk)[-65536:]
-        return process.wait(), tail.decode(errors="replace")
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        watchdog = threading.Timer(DEADLINE, process.kill)
+        watchdog.start()
+        try:
+            while chunk := os.read(process.stdout.fileno(), 65536):
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+                tail = (tail + chunk)[-65536:]
+            return process.wait(), tail.decode(errors="replace")
+        finally:
+            watchdog.cancel()
+            process.kill()
 
 
 def run_stage(name: str, command: list[str], env: dict[str, str]) -> Result:

@@ -89,7 +89,8 @@ def test_the_lock_ignores_this_machines_package_sources(monkeypatch: pytest.Monk
 
 
 def test_the_lock_keeps_what_linux_needs() -> None:
-    text = "a==1 \\\n    --hash=sha256:00 \\\n    --hash=sha256:11\nb==2 ; sys_platform == 'win32' \\\n    --hash=sha256:22\n"
+    text = "a==1 \\\n    --hash=sha256:00 \\\n    --hash=sha256:11\n"
+    text += "b==2 ; sys_platform == 'win32' \\\n    --hash=sha256:22\n"
     text += "c==3 ; python_full_version < '3.12' \\\n    --hash=sha256:33\nd==4 ; sys_platform == 'emscripten'\n"
     assert [block[0] for block in lock.blocks(text) if lock.for_linux(block)] == ["a", "c"]
     assert next(lock.blocks(text)).count("--hash") == 2
