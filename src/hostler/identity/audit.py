@@ -6,6 +6,7 @@ of names, paths and outcomes, not of bodies.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -40,8 +41,8 @@ class AuditTrail:
 
     def record(self, entry: AuditEntry) -> None:
         """Append one line, in one write, so that a kill leaves no half of it. OSError when it cannot be written."""
-        line = entry.model_dump_json(exclude_defaults=True)
-        data = f'{{"time":"{utc_now().isoformat()}",{line[1:]}\n'.encode("utf-8", "backslashreplace")
+        line = {"time": utc_now().isoformat(), **entry.model_dump(exclude_defaults=True)}
+        data = (json.dumps(line) + "\n").encode()  # all ASCII: half a surrogate, which JSON lets through, is no error
         file = self._open()
         if self._size + len(data) > self._max_bytes:
             self._rotate()

@@ -7,10 +7,14 @@ connected; it cannot lie about it, and needs no password.
 from __future__ import annotations
 
 import array
+import contextlib
+import errno
 import grp
 import os
+import pwd
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hostler.model.errors import NotPermitted
@@ -21,8 +25,8 @@ SO_PEERGROUPS = 59
 """asm-generic/socket.h, since Linux 4.13; not in Python's socket module."""
 
 _CREDENTIALS = struct.Struct("iII")
-_MOST_GROUPS = 65_536
-"""NGROUPS_MAX of Linux."""
+_GROUPS_BYTES = 1024
+"""Python's getsockopt gives no more: room for 256 groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ def credentials_of(connection: socket.socket) -> Credentials:
     """Of the process at the other end of a connected unix socket. OSError when the kernel does not tell."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, gid = _CREDENTIALS.unpack(raw)
-    return Credentials(pid, uid, frozenset({gid, *_groups(connection)}))
+    return Credentials(pid, uid, frozenset({gid, *_groups(connection, uid, gid)}))
 
 
 def local_principal(credentials: Credentials) -> Principal:
@@ -62,8 +66,16 @@ def admin_group() -> int | None:
         return None
 
 
-def _groups(connection: socket.socket) -> array.array[int]:
+def _groups(connection: socket.socket, uid: int, gid: int) -> Iterable[int]:
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _GROUPS_BYTES)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        # In more groups than Python can ask for: those the user database has now, instead.
+        with contextlib.suppress(KeyError):
+            return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+        return ()
     groups = array.array("I")
-    raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _MOST_GROUPS * groups.itemsize)
     groups.frombytes(raw)
     return groups

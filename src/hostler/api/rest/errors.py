@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse
 from pydantic import JsonValue
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
-from starlette.websockets import WebSocket
 
 from hostler.model.errors import ErrorCode, HostlerError, InternalError, InvalidInput, NotFound
 from hostler.model.problem import Problem
@@ -64,26 +63,29 @@ def problem_response(problem: Problem, status: int | None = None, headers: dict[
     return JSONResponse(problem.to_json(), status or STATUS[problem.code], headers)
 
 
-async def _answer(connection: HTTPConnection, problem: Problem, status: int | None = None, **headers: str) -> Response:
+def _answer(
+    connection: HTTPConnection, problem: Problem, status: int | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    """Before a web socket is accepted too: Starlette sends it as the answer to the handshake then."""
     connection.scope[PROBLEM] = problem
-    response = problem_response(problem, status, headers)
-    if isinstance(connection, WebSocket):
-        await connection.send_denial_response(response)
-    return response
+    return problem_response(problem, status, headers)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HostlerError)
-    return await _answer(request, Problem.of(error))
+    return _answer(request, Problem.of(error))
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError | WebSocketRequestValidationError)
-    return await _answer(request, Problem.of(_invalid(error.errors())))
+    return _answer(request, Problem.of(_invalid(error.errors())))
 
 
 def _invalid(errors: Any) -> InvalidInput:
     """Names the fields, never repeats the values: one of them may be a secret."""
+    if errors[0]["type"] == "json_invalid":
+        where = f"is not valid JSON (character {errors[0]['loc'][-1]})"
+        return InvalidInput("body of the request", where, "send a JSON object")
     found: list[JsonValue] = [{"field": _field(e["loc"]), "cause": _sentence(e["msg"])} for e in errors[:20]]
     first = errors[0]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -115,4 +117,4 @@ async def _on_http(request: Request, error: Exception) -> Response:
         )
     else:
         problem = Problem.of(InvalidInput("body of the request", str(error.detail)))
-    return await _answer(request, problem, error.status_code, **headers)
+    return _answer(request, problem, error.status_code, headers)

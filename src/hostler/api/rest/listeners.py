@@ -8,13 +8,53 @@ import os
 import socket
 from pathlib import Path
 
-from hostler.model.errors import HostlerError, HostLacks, InternalError, InUse, InvalidInput, NoSpace, NotPermitted
+from hostler.model.errors import HostLacks, HostlerError, InternalError, InUse, InvalidInput, NoSpace, NotPermitted
 
 BACKLOG = 512
 SOCKET_PATH_MAX = 107
 """sizeof(sun_path) - 1 on Linux, unix(7)."""
 PROBE_TIME = 2.0
 """Seconds to find out whether somebody still listens on an old socket; the kernel answers at once."""
+
+
+class Listeners:
+    """The open sockets of one daemon. They are opened before anything else is begun: a port that is taken must not be
+    found out after VMs were adopted. Whoever connects before the daemon is ready waits in the queue."""
+
+    def __init__(self, unix_path: Path, listen: str | None = None) -> None:
+        """`listen`: host:port for HTTPS, None for the unix socket alone. InUse, InvalidInput, NotPermitted, NoSpace
+        when one cannot be had; nothing stays open then."""
+        self._closed = False
+        self.tcp: socket.socket | None = None
+        self.unix = unix_listener(unix_path)
+        found = unix_path.stat()
+        self._path, self._inode = unix_path, (found.st_dev, found.st_ino)
+        try:
+            self.tcp = tcp_listener(listen) if listen else None
+        except HostlerError:
+            self.close()
+            raise
+
+    @property
+    def https_address(self) -> str | None:
+        """host:port where HTTPS is served, with the real port where 0 was asked for."""
+        if self.tcp is None:
+            return None
+        host, port = self.tcp.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def close(self) -> None:
+        """Close both and remove the unix socket, if it is still ours: a next daemon may have made its own there.
+        Harmless when closed."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(FileNotFoundError):
+                found = self._path.stat()
+                if (found.st_dev, found.st_ino) == self._inode:
+                    self._path.unlink()
+        self.unix.close()
+        if self.tcp is not None:
+            self.tcp.close()
 
 
 def unix_listener(path: Path) -> socket.socket:
@@ -75,12 +115,6 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise InvalidInput(f"address {address!r}", "is not HOST:PORT", "write for example 0.0.0.0:8690")
     return host, int(port)
-
-
-def address_of(listener: socket.socket) -> str:
-    """Where it listens, as host:port."""
-    host, port = listener.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _clear(subject: str, path: Path) -> None:

@@ -10,6 +10,8 @@ from hostler.api.rest.app import bare_app
 from hostler.api.rest.guard import endpoints
 from hostler.identity.authorize import TABLE
 
+PROBLEM = {"$ref": "#/components/schemas/Problem"}
+
 DESCRIPTION = """\
 The API of a Hostler host, over a unix socket (the caller is known by its user id) and over HTTPS (by a token, or by a
 host's certificate). Every failure has the body `Problem`. `x-hostler-permission` tells what an endpoint asks for.
@@ -29,11 +31,22 @@ def document() -> dict[str, Any]:
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
             rule = TABLE[f"{method.upper()} {path}"]
+            _unmix(operation["responses"])
+            # FastAPI gives every answer of a route its media type; a failure is JSON also where success is a picture.
+            operation["responses"]["default"]["content"] = {"application/json": {"schema": PROBLEM}}
             operation["x-hostler-permission"] = str(rule)
             operation["security"] = [{"certificate": []}] if path.startswith("/peer/") else [{"token": []}]
     sockets = [e.split(" ", 1)[1] for e in endpoints(app.routes) if e.startswith("WEBSOCKET ")]
     found["x-hostler-websockets"] = {path: str(TABLE[f"WEBSOCKET {path}"]) for path in sockets}
     return found
+
+
+def _unmix(responses: dict[str, Any]) -> None:
+    """FastAPI calls everything that is not JSON a string, also where a model describes it."""
+    for response in responses.values():
+        for media in response.get("content", {}).values():
+            if "$ref" in media.get("schema", {}):
+                media["schema"] = {"$ref": media["schema"]["$ref"]}
 
 
 def text() -> str:

@@ -22,7 +22,7 @@ DeviceRef = Annotated[str, Path(max_length=100, description="Id of the device in
 @router.post(
     "/vms/{vm}/disks",
     responses={
-        200: {"model": Job | VmRecord, "description": "The job is over; or, with `dry_run`, the VM as it would be"},
+        200: {"description": "The job is over; or, with `dry_run`, the VM as it would be"},
         202: JOB_ANSWERS[202],
     },
 )
