@@ -46,6 +46,7 @@ class Edge:
                 message = {**message, "headers": [*message.get("headers", []), (b"date", _date())]}
             elif message["type"] == "websocket.accept":
                 status = 101
+                self._audit(HTTPConnection(scope), status)  # now, and not when the console is closed hours later
             await send(message)
 
         try:
@@ -59,7 +60,8 @@ class Edge:
             if status == 0:
                 await _answer(problem, scope, receive, noting)
         finally:
-            self._audit(HTTPConnection(scope), status)
+            if status != 101:
+                self._audit(HTTPConnection(scope), status)
 
     def _audit(self, connection: HTTPConnection, status: int) -> None:
         endpoint = endpoint_of(connection)
