@@ -72,8 +72,8 @@ def spawn(
         os.close(output)
     # From here on the pid is watched and reaped through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
-    started = start_time(child.pid)
-    return Process(pid=child.pid, started=started or 0, run_dir=run_dir)
+    # Until it is reaped the pid is its own, so its start time can be read also when it is dead already.
+    return Process(pid=child.pid, started=_started(child.pid) or 0, run_dir=run_dir)
 
 
 def start_time(pid: int) -> int | None:
@@ -81,6 +81,12 @@ def start_time(pid: int) -> int | None:
     or when it is dead and only waits to be reaped."""
     fields = _stat(pid)
     return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _started(pid: int) -> int | None:
+    """The same for the dead too, as long as they are not reaped."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[19])
 
 
 def is_alive(process: Process) -> bool:
@@ -210,8 +216,7 @@ def _pidfd(process: Process) -> Iterator[int | None]:
         yield None
         return
     try:
-        fields = _stat(process.pid)
-        yield fd if fields is not None and int(fields[19]) == process.started else None
+        yield fd if _started(process.pid) == process.started else None
     finally:
         os.close(fd)
 
