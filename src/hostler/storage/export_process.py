@@ -1,0 +1,148 @@
+"""The process of an export: started as the VM's user without a shell, found again, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from hostler.model.errors import HostLacks, QemuFailed, TimedOut
+from hostler.storage.qmp import peer_pid
+
+START = 30.0
+"""Seconds a start may take. It forks when its sockets are there, and the first process ends then."""
+GRACE = 10.0
+"""Seconds after SIGTERM, in which it flushes its image, before SIGKILL."""
+KILLED = 60.0
+"""Seconds after SIGKILL; it takes long only where the disk hangs."""
+
+
+async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int | None) -> None:
+    """Start one, with nothing exported yet; it answers on `control` when this returns. HostLacks, QemuFailed."""
+    argv = [
+        *_as_user(run_as),
+        binary,
+        "--daemonize",
+        "--pidfile",
+        pidfile,
+        "--chardev",
+        f"socket,id=control,path={_escape(control)},server=on,wait=off",
+        "--monitor",
+        "chardev=control,mode=control",
+        "--nbd-server",
+        # One client: the VM. A reconnecting one waits in the socket's queue until its old connection is gone.
+        f"addr.type=unix,addr.path={_escape(nbd)},max-connections=1",
+    ]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            umask=0o077,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+        )
+    except FileNotFoundError as error:
+        raise _lacks(argv[0]) from error
+    try:
+        async with asyncio.timeout(START):
+            _, err = await process.communicate()
+    except TimeoutError as error:
+        raise TimedOut(f"export {nbd}", f"{binary} did not start within {START:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await asyncio.shield(process.communicate())
+    if process.returncode != 0:
+        output = err.decode("utf-8", "replace").strip()[-4096:]
+        if process.returncode == 127 and "failed to execute" in output:
+            raise _lacks(binary)
+        raise QemuFailed(f"export {nbd}", f"{binary} did not start: {output}", output=output)
+
+
+def _as_user(run_as: int | None) -> list[str]:
+    if run_as is None or os.geteuid() != 0:
+        return []
+    user = ["--reuid", str(run_as), "--regid", str(run_as), "--clear-groups"]
+    return ["setpriv", *user, "--bounding-set=-all", "--no-new-privs", "--"]
+
+
+async def find_process(control: str) -> int | None:
+    """The pid of the living process that listens on `control`; None when there is none."""
+    pid = _listener(control)
+    return pid if pid is not None and _is_ours(pid, control) else None
+
+
+def _listener(control: str) -> int | None:
+    """Asked from the kernel, not from a file that the VM's user could write."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(control)
+        except BlockingIOError:
+            return _from_proc(control)  # its queue is full: it hangs
+        except OSError:
+            return _from_proc(control) if Path(control).exists() else None
+        return peer_pid(probe)
+
+
+def _from_proc(control: str) -> int | None:
+    """By command line, for a process whose socket no longer answers."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return next((pid for pid in pids if _is_ours(pid, control)), None)
+
+
+def _is_ours(pid: int, control: str) -> bool:
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    chardev = f"socket,id=control,path={_escape(control)},server=on,wait=off"
+    return b"--daemonize" in arguments and os.fsencode(chardev) in arguments
+
+
+async def terminate(pid: int, control: str) -> None:
+    """End the process that `find_process` found for `control`, and wait until it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not _is_ours(pid, control):
+            return  # gone, and its number taken by another one before we held it by the pidfd
+        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, KILLED)):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+            try:
+                async with asyncio.timeout(patience):
+                    await _gone(fd)
+            except TimeoutError:
+                continue
+            return
+    finally:
+        os.close(fd)
+    raise TimedOut(f"process {pid}", "does not end, although it was killed", "look at the disk it works on")
+
+
+async def _gone(pidfd: int) -> None:
+    """A pidfd becomes readable when its process has ended."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+
+
+def _escape(path: str) -> str:
+    """A comma ends an option's value unless it is doubled."""
+    return path.replace(",", ",,")
+
+
+def _lacks(program: str) -> HostLacks:
+    return HostLacks(f"program {program}", "is not installed on this host", "install it (Debian: qemu-utils)")
