@@ -1,1 +1,1 @@
-"""What this machine has, read from /proc and /sys."""
+"""What this host's hardware is and has."""

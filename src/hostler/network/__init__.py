@@ -1,1 +1,1 @@
-"""Virtual adapters of VMs on the host: taps, bridges, MAC addresses."""
+"""How guests reach the network: taps on bridges, MAC addresses."""
