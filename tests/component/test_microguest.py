@@ -1,9 +1,10 @@
-"""The micro guest does what its clients rely on: one boot, all of its protocol."""
+"""The micro guest does what its clients rely on, and the pause meter hears it: two boots, all of its protocol."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from hostler.model.errors import GuestRefused
 from hostler.model.units import MiB
 from hostler.testing import microguest, patterns, qemu_raw
 from hostler.testing.guestclient import GuestSerial
+from hostler.testing.observer import PauseMeter
 from hostler.testing.qemu_raw import RawQemu, RawSettings
 
 pytestmark = pytest.mark.component
@@ -253,3 +255,54 @@ async def test_one_boot(booted: Booted) -> None:
     await check_network(booted.guest)
     await check_agent(booted.place)
     await check_move(booted)
+
+
+def free_port(kind: socket.SocketKind) -> int:
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_a_pause_is_measured_from_outside() -> None:
+    """Each way of hearing, then two of them across a move: one guest that went on, and a gap heard outside."""
+    kept = microguest.build()
+    udp, tcp = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_STREAM)
+    with tempfile.TemporaryDirectory(prefix="hg") as folder:
+        here, there = Path(folder) / "a", Path(folder) / "b"
+        here.mkdir()
+        there.mkdir()
+        async with PauseMeter.beats() as beats:
+            cmdline = kept.with_network("10.0.2.15/24", "10.0.2.2", f"10.0.2.2:{beats.port}:2")
+            forward = f"hostfwd=udp:127.0.0.1:{udp}-:7007,hostfwd=tcp:127.0.0.1:{tcp}-:7008"
+            argv = qemu_raw.command_line(here, kept, 256, cmdline)
+            argv = [word.replace("user,id=net0", f"user,id=net0,{forward}") for word in argv]
+            async with await RawQemu.start(argv, here / "qmp.sock") as source:
+                await beats.hearing(deadline=90)
+                for port, stream in ((udp, False), (tcp, True)):
+                    async with PauseMeter.echo("127.0.0.1", tcp=stream, port=port) as echo:
+                        await echo.hearing()
+                        report = await echo.report()
+                        assert report.continuous
+                        assert report.rtt["p50"] > 0
+                target_argv = qemu_raw.command_line(there, kept, 256, cmdline, incoming=True)
+                async with (
+                    PauseMeter.ticks(here / "serial.sock", there / "serial.sock") as ticks,
+                    await RawQemu.start(target_argv, there / "qmp.sock") as target,
+                ):
+                    await ticks.hearing()
+                    await qemu_raw.migrate(source, target, RawSettings())
+                    await asyncio.gather(ticks.hearing(1), beats.hearing(1))
+                    reports = [await ticks.report(), await beats.report()]
+            for report in reports:
+                assert report.continuous, report
+                assert report.received > 10
+                assert report.longest_gap > report.median_gap > 0
+
+
+async def test_two_builds_at_once_give_one_guest(tmp_path: Path) -> None:
+    first, second = await asyncio.gather(
+        asyncio.to_thread(microguest.build, tmp_path), asyncio.to_thread(microguest.build, tmp_path)
+    )
+    assert first == second
+    assert [path.name for path in tmp_path.iterdir()] == [first.kernel.parent.name]
+    assert first.kernel.stat().st_mode & 0o777 == first.initrd.stat().st_mode & 0o777 == 0o644
