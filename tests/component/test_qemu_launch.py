@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -306,6 +307,32 @@ async def test_a_failed_launch_leaves_no_process(room: Path, host: QemuFacts) ->
     assert swtpm.find(spec.run_dir) is None
     assert process.find(spec.run_dir) is None
     assert not os.path.exists(RunDir(spec.run_dir).qmp)
+
+
+@pytest.mark.parametrize("name", ["bios", "tpm"])
+async def test_a_cancelled_launch_leaves_no_process(
+    name: str, room: Path, host: QemuFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled in its last step, when QEMU runs already."""
+    spec = place(VARIANTS[name], room)
+    there, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def join(vm_id: str, pid: int) -> None:
+        loop.call_soon_threadsafe(there.set)
+        go_on.wait(GONE)
+
+    monkeypatch.setattr(cgroup, "join", join)
+    task = asyncio.create_task(launch.launch(spec, host))
+    async with asyncio.timeout(GONE):
+        await there.wait()
+    assert process.find(spec.run_dir) is not None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go_on.set()
+    assert process.find(spec.run_dir) is None
+    assert swtpm.find(spec.run_dir) is None
 
 
 async def test_a_run_directory_too_long_for_sockets_is_refused_untouched(room: Path, host: QemuFacts) -> None:

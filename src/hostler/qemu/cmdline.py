@@ -242,13 +242,16 @@ def _tpm(spec: LaunchSpec) -> list[str]:
 
 
 def _disks(spec: LaunchSpec, facts: QemuFacts) -> list[str]:
-    """Each SCSI controller has a thread of its own: a busy disk does not hold up the others or the monitor."""
+    """Each SCSI controller has a thread of its own: a busy disk does not hold up the others or the monitor.
+
+    Disks are made in descending order, because QEMU reports the LUNs of a target newest first, and guests name disks
+    in the order in which they are reported: LUN 0 shall be the first."""
     arguments: list[str] = []
     for index in range(spec.config.scsi_controllers):
         thread = f"iothread{index}"
         arguments += _json("-object", {"qom-type": "iothread", "id": thread})
         arguments += _device("virtio-scsi-pci", f"scsi{index}", pci.scsi_controller(index), iothread=thread)
-    for disk in sorted(spec.config.disks, key=lambda disk: disk.address):
+    for disk in sorted(spec.config.disks, key=lambda disk: disk.address, reverse=True):
         arguments += _json("-blockdev", blockdev_options(disk, spec.exports.get(disk.id), aio_for(facts)))
         arguments += _json("-device", device_options(disk))
     return arguments

@@ -27,7 +27,7 @@ KVM_DEVICE = "/dev/kvm"
 
 async def launch(spec: LaunchSpec, facts: QemuFacts) -> Process:
     """Start QEMU as `spec` says, as user `spec.config.run_as` where we are root. The files of its disks must be open
-    to that user already (`access.grant`). On failure nothing of it is left.
+    to that user already (`access.grant`). On failure, and when it is cancelled, nothing of it is left.
 
     InUse when a QEMU of this run directory is alive; HostLacks, InvalidInput, NotPermitted, NoSpace as they come.
     """
@@ -38,16 +38,17 @@ async def launch(spec: LaunchSpec, facts: QemuFacts) -> Process:
         check_socket_path(path)
     _refuse_second(spec)
     async with AsyncExitStack() as undo:
-        prepare(spec, facts, uid)
+        await asyncio.to_thread(prepare, spec, facts, uid)
         if spec.config.tpm:
             tpm = swtpm.start(spec.run_dir, spec.state_dir, uid)
             undo.push_async_callback(process.kill, tpm)
         with listening_socket(run.qmp, uid) as listener:
             line = command_line(spec, facts, listener.fileno())
             qemu = process.spawn(line, spec.run_dir, run.log, uid, _group(spec), [listener.fileno()])
+        undo.push_async_callback(process.kill, qemu)
+        # Moving a process between groups waits for the kernel (10 ms measured); QEMU takes 25 ms to answer anyway.
+        await asyncio.to_thread(cgroup.join, spec.config.id, qemu.pid)
         undo.pop_all()
-    # Moving a process between groups waits for the kernel (10 ms measured), while QEMU takes 25 ms to answer anyway.
-    await asyncio.to_thread(cgroup.join, spec.config.id, qemu.pid)
     return qemu
 
 

@@ -7,8 +7,6 @@ state lies in the VM's state directory and travels in the migration stream.
 
 from __future__ import annotations
 
-import os
-
 from hostler.model.vm import Process
 from hostler.qemu import access, process
 from hostler.qemu.listener import listening_socket
@@ -42,12 +40,6 @@ async def stop(run_dir: str) -> None:
     found = find(run_dir)
     if found is not None:
         await process.kill(found)
-
-
-def has_state(state_dir: str) -> bool:
-    """Whether this VM's TPM has ever kept anything here."""
-    directory = StateDir(state_dir).tpm
-    return os.path.isdir(directory) and bool(os.listdir(directory))
 
 
 def _pid_option(run: RunDir) -> tuple[str, str]:
