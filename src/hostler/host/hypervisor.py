@@ -48,6 +48,9 @@ class Machine(Protocol):
     def events(self) -> AsyncIterator[MachineEvent]:
         """Events from now on. The iterator ends when QEMU is gone, never hangs."""
 
+    async def close(self) -> None:
+        """Leave the session (the daemon stops): QEMU and its guest run on, and `adopt` finds them. Never raises."""
+
     async def screenshot(self) -> bytes:
         """The guest's screen as PNG."""
 

@@ -109,6 +109,7 @@ class QemuMachine:
     async def wait_gone(self) -> str:
         """Wait for the process to end; its last output."""
         await process.wait_gone(self._process)
+        await self._qmp.close()
         return process.last_output(self._process.run_dir)
 
     def events(self) -> AsyncIterator[MachineEvent]:
