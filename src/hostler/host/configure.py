@@ -57,9 +57,10 @@ async def new_config(host: Host, request: VmCreate) -> VmConfig:
 
 
 def _boot_order(config: VmConfig) -> VmConfig:
-    """Disks boot in the order given; CD drives first, since one is there only to install from."""
+    """Disks boot in the order given; CD drives first, since one is there only to install from. Counts from 1: QEMU
+    gives a directly booted kernel the index 0."""
     order = sorted(config.disks, key=lambda d: d.media is not Media.CDROM)
-    rank = {disk.id: index for index, disk in enumerate(order)}
+    rank = {disk.id: index for index, disk in enumerate(order, start=1)}
     return config.but(disks=tuple(d.but(boot_index=rank[d.id]) for d in config.disks))
 
 
