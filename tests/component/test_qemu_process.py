@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +100,39 @@ async def test_a_directory_with_a_longer_name_is_another_vm(room: Path) -> None:
         assert process.find(str(room)[:-1]) is None
     finally:
         await process.kill(qemu, GONE)
+
+
+@pytest.mark.skipif(not ROOT, reason="changing users needs root")
+async def test_another_user_cannot_pose_as_the_qemu_of_a_vm(room: Path) -> None:
+    poser = spawn(room, "sh", "-c", "sleep 600; true", "-pidfile", RunDir(str(room)).pid, uid=1_900_000_002)
+    try:
+        await owned(poser, 1_900_000_002)
+        assert process.find(str(room)) is None
+        os.chown(room, 1_900_000_002, 1_900_000_002)
+        assert process.find(str(room)) == poser
+    finally:
+        os.chown(room, 0, 0)
+        await process.kill(poser, GONE)
+
+
+async def owned(one: Process, uid: int) -> None:
+    """Return once setpriv, on its way to become the program, has changed the user."""
+    async with asyncio.timeout(GONE):
+        while os.stat(f"/proc/{one.pid}").st_uid != uid:  # noqa: ASYNC110 - another program does it
+            await asyncio.sleep(0.01)
+
+
+async def test_it_may_open_many_files_whatever_we_may(room: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
+    try:
+        child = spawn(room, "sleep", "600")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        assert resource.prlimit(child.pid, resource.RLIMIT_NOFILE) == (min(hard, 16_384), hard)
+    finally:
+        await process.kill(child, GONE)
 
 
 async def test_our_own_children_are_reaped(room: Path) -> None:
@@ -226,10 +260,7 @@ def test_a_missing_program_is_named(room: Path) -> None:
 async def test_another_user_without_any_right(room: Path) -> None:
     child = spawn(room, "sleep", "600", uid=1_900_000_001)
     try:
-        # setpriv is on its way to become `sleep`: whoever it is when it got there, it is not root any more.
-        async with asyncio.timeout(GONE):
-            while os.stat(f"/proc/{child.pid}").st_uid == 0:  # noqa: ASYNC110 - another program does it
-                await asyncio.sleep(0.01)
+        await owned(child, 1_900_000_001)
         fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{child.pid}/status").read_text().splitlines())
         assert set(fields["Uid"].split()) == {"1900000001"}
         assert process.start_time(child.pid) == child.started

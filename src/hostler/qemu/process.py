@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -30,6 +31,9 @@ LAST_OUTPUT: Final = 4096
 
 _KILL_DEADLINE: Final = 20.0
 """Seconds a killed process may take to go: long, because freeing a large memory takes time on a loaded machine."""
+
+_FILES: Final = 16_384
+"""Descriptors a QEMU may have open."""
 
 _ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
@@ -72,6 +76,7 @@ def spawn(
         os.close(output)
     # From here on the pid is watched and reaped through its pidfd; Popen must neither wait for it nor warn about it.
     child.returncode = 0
+    _allow_files(child.pid)
     # Until it is reaped the pid is its own, so its start time can be read also when it is dead already.
     return Process(pid=child.pid, started=_started(child.pid) or 0, run_dir=run_dir)
 
@@ -101,12 +106,16 @@ def find(run_dir: str) -> Process | None:
 
 def find_by_arguments(arguments: Sequence[str], run_dir: str, pid_file: str) -> Process | None:
     """The running process with these consecutive arguments: the one its pid file names when that is it, else by
-    looking at all of them (a killed daemon may leave a QEMU that has not written its pid file yet)."""
+    looking at all of them (a killed daemon may leave a QEMU that has not written its pid file yet).
+
+    Anybody can start a program with such arguments, so only our own processes and those of the owner of the run
+    directory count: others could keep a VM from starting."""
     hint = _read_pid(pid_file)
     candidates = ([hint] if hint else []) + [int(name) for name in os.listdir("/proc") if name.isdigit()]
     wanted = "\0".join(["", *arguments, ""]).encode()
+    trusted = _trusted_users(run_dir)
     for pid in candidates:
-        started = start_time(pid) if wanted in _command_line(pid) else None
+        started = start_time(pid) if wanted in _command_line(pid) and _is_of(pid, trusted) else None
         if started is not None and pid != os.getpid():
             return Process(pid=pid, started=started, run_dir=run_dir)
     return None
@@ -163,6 +172,14 @@ def tail(path: str) -> str:
         return file.read(LAST_OUTPUT).decode("utf-8", "replace").strip()
 
 
+def _allow_files(pid: int) -> None:
+    """Services get 1,024 descriptors unless they ask for more; a VM with 4 x 64 disks and their locks comes near."""
+    with suppress(OSError):
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _as_user(uid: int | None, group: int | None) -> list[str]:
     """The prefix that gives up every right for good. Empty where we are that user already."""
     if uid is None or uid == os.geteuid():
@@ -199,6 +216,22 @@ def _command_line(pid: int) -> bytes:
             return file.read()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return b""
+
+
+def _trusted_users(run_dir: str) -> frozenset[int] | None:
+    """Who may run the QEMU of a run directory; None (anybody) when the directory is gone: better to find too much than
+    to start a second writer."""
+    try:
+        return frozenset({os.geteuid(), os.stat(run_dir).st_uid})
+    except OSError:
+        return None
+
+
+def _is_of(pid: int, users: frozenset[int] | None) -> bool:
+    try:
+        return users is None or os.stat(f"/proc/{pid}").st_uid in users
+    except OSError:
+        return False
 
 
 def _read_pid(path: str) -> int | None:
