@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -29,7 +30,8 @@ class SerialConsole:
     def __init__(self, target: Target, vm: str, deadline: float = wire.DEADLINE) -> None:
         """Connects. `deadline` in seconds."""
         self._vm = vm
-        self._socket = _open(target, calls.serial_path(vm), vm, deadline)
+        self._open = ExitStack()
+        self._socket = _connect(self._open, target, vm, deadline)
 
     def receive(self, timeout: float | None = None) -> bytes:
         """What the guest wrote next; b"" when the VM went away. TimeoutError after `timeout` s."""
@@ -48,7 +50,7 @@ class SerialConsole:
             self._ended(closed)
 
     def close(self) -> None:
-        self._socket.close()
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self
@@ -76,16 +78,19 @@ def _advice(kind: type[HostlerError]) -> str:
     }.get(kind, "connect again")
 
 
-def _open(target: Target, path: str, vm: str, deadline: float) -> ClientConnection:
-    extra = wire.headers(target)
+def _connect(stack: ExitStack, target: Target, vm: str, deadline: float) -> ClientConnection:
+    path, extra = calls.serial_path(vm), wire.headers(target)
     extra.pop("accept")
     try:
         if target.socket is not None:
             uri = f"ws://hostler{path}"
-            return unix_connect(target.socket, uri, additional_headers=extra, open_timeout=deadline, compression=None)
+            opening = unix_connect(
+                target.socket, uri, additional_headers=extra, open_timeout=deadline, compression=None
+            )
+            return stack.enter_context(opening)
         assert target.url is not None
         uri = "wss" + target.url.removeprefix("https") + path
-        return connect(
+        opening = connect(
             uri,
             ssl=wire.tls_context(target),
             additional_headers=extra,
@@ -93,6 +98,7 @@ def _open(target: Target, path: str, vm: str, deadline: float) -> ClientConnecti
             compression=None,
             proxy=None,
         )
+        return stack.enter_context(opening)
     except InvalidStatus as refused:
         raise _refusal(refused, vm) from refused
     except (OSError, TimeoutError, InvalidHandshake) as error:

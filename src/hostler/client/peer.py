@@ -37,11 +37,12 @@ _REFUSALS = frozenset({ErrorCode.NOT_AUTHENTICATED, ErrorCode.NOT_PERMITTED, Err
 class PeerClient:
     """One other host. Satisfies `hostler.cluster.peers.PeerLink`."""
 
-    def __init__(self, base_url: str, ssl_context: ssl.SSLContext, deadline: float = DEADLINE) -> None:
-        """`base_url`: https://host:port; `ssl_context` knows our certificate and the other's; `deadline` in s."""
-        self.deadline = deadline
+    def __init__(self, base_url: str, ssl_context: ssl.SSLContext, deadline: float | None = None) -> None:
+        """`base_url`: https://host:port; `ssl_context` knows our certificate and the other's; `deadline` in seconds
+        (default DEADLINE)."""
+        self.deadline = DEADLINE if deadline is None else deadline
         self._url = base_url.rstrip("/")
-        self._transport = AsyncTransport(Target(url=self._url), deadline, context=ssl_context)
+        self._transport = AsyncTransport(Target(url=self._url), self.deadline, context=ssl_context)
 
     async def warm(self) -> None:
         """Makes sure a connection is open, so that the next call needs no handshake. Any answer will do."""

@@ -120,7 +120,7 @@ def no_connection(error: BaseException, target: Target) -> HostlerError:
         if isinstance(cause, WrongCertificate):
             return NotAuthenticated(where, str(cause), "compare it with the one the host shows", sent=False)
         if isinstance(cause, ssl.SSLError):
-            text = getattr(cause, "verify_message", "") or cause.reason or str(cause)
+            text = getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
             advice = "pin its fingerprint in hosts.json, or name its ca_file there"
             return NotAuthenticated(where, f"its certificate is not trusted: {text}", advice, sent=False)
         if isinstance(cause, socket.gaierror):
