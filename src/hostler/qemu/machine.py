@@ -28,7 +28,7 @@ from hostler.qemu.cmdline import aio_for
 from hostler.qemu.failures import image_error, start_error
 from hostler.qemu.guest_agent import GuestAgent
 from hostler.qemu.launch import launch
-from hostler.qemu.migration import Migrator
+from hostler.qemu.migration import Migrator, go_on
 from hostler.qemu.paths import RunDir
 from hostler.qemu.qmp import QmpSession
 
@@ -75,7 +75,7 @@ class QemuMachine:
                 raise WrongState(self._name, "its state has not arrived yet", "wait until it is loaded")
             self._may_run = True
         try:
-            await commands.cont(self._qmp)
+            await go_on(self._qmp)
         except QemuFailed as error:
             if error.details.get("gone"):
                 raise

@@ -8,6 +8,7 @@ Facts of QEMU 7.2 this rests on (each has a test):
 - With `return-path` the source says `completed` only after the target has confirmed that it has loaded everything; with
   `late-block-activate` (and -S) the target has then neither taken its image locks nor run, until `cont`.
 - After `failed` and `cancelled` QEMU lets the guest run on by itself, also when it had been stopped for the last round.
+- For some milliseconds after each end it is still "finish-migrate" and refuses `cont`: see go_on.
 - `migrate tcp:` connects with blocking sockets: a target that is frozen before the TLS handshake stops the source's
   main loop, its guest and its monitor for ever, and a connect that gets no answer cannot be cancelled for two minutes.
   So the daemon connects (with a deadline), hands the socket over, and makes it non-blocking *after* that, for QEMU
@@ -180,26 +181,23 @@ class Migrator:
         """After a move that did not happen: the guest as it was before, nothing left of the attempt."""
         if run:
             with suppress(HostlerError):
-                await run_again(self._qmp)
+                await go_on(self._qmp)
         with suppress(HostlerError):
             await commands.closefd(self._qmp, _FD)
             await self.set_up({}, MigrationSettings())
             await commands.object_del(self._qmp, _TLS)
 
 
-async def run_again(qmp: QmpSession) -> None:
-    """Let the guest run after a move that failed. QEMU does it by itself where it stopped the guest, a moment after it
-    told of the failure; until then it refuses."""
-    for pause in (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0):
-        status = await commands.query_status(qmp)
-        if status is RunStatus.RUNNING:
-            return
-        with suppress(QemuFailed):
-            if status is not RunStatus.FINISH_MIGRATE:
-                await commands.cont(qmp)
-                return
+async def go_on(qmp: QmpSession) -> None:
+    """`cont`, also in the milliseconds in which QEMU winds up a migration that has ended and refuses it."""
+    for pause in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0):
+        try:
+            return await commands.cont(qmp)
+        except QemuFailed as error:
+            if "not finalized yet" not in error.cause:
+                raise
         await asyncio.sleep(pause)
-    await commands.cont(qmp)
+    return await commands.cont(qmp)
 
 
 class _Follow:

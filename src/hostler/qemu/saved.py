@@ -25,7 +25,7 @@ from hostler.model.errors import (
 from hostler.model.machine import MachineEvent, MigrationEnd, MigrationResult, RunStatus
 from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.qemu import commands
-from hostler.qemu.migration import Migrator, run_again
+from hostler.qemu.migration import Migrator, go_on
 from hostler.qemu.qmp import QmpSession
 
 PARTIAL = ".partial"
@@ -107,7 +107,7 @@ def _has_ended(event: MachineEvent) -> bool:
 
 async def _run_again(qmp: QmpSession) -> None:
     with suppress(HostlerError):
-        await run_again(qmp)
+        await go_on(qmp)
 
 
 async def _close(qmp: QmpSession) -> None:
