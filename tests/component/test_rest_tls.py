@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from rest_world import PATIENCE, World, peer_of, running
 
+from hostler.api.rest import protocol
 from hostler.identity.certificates import HostIdentity, load_or_create
 from hostler.identity.tls import Trust
 from hostler.model.principal import Role
@@ -60,6 +61,30 @@ async def test_a_token_opens_what_its_role_opens(world: World) -> None:
 async def test_a_wrong_token_opens_nothing(world: World, wrong: str) -> None:
     status, answer = await world.ask("GET", "/v1/vms", context=world.pinned(), authorization=wrong)
     assert (status, answer["code"]) == (401, "not-authenticated")
+
+
+async def test_a_stranger_cannot_hold_a_connection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "STRANGER_TIME", 0.1)
+    connection = await world.connect(world.pinned())
+    assert (await connection.ask("GET", "/v1/vms"))[0] == 401
+    async with asyncio.timeout(PATIENCE):
+        assert await connection.reader.read() == b""
+    await connection.close()
+
+
+async def test_a_flood_over_the_network_does_not_lock_out_the_machine_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 2)
+    held = [await world.connect(world.pinned()) for _ in range(2)]
+    for connection in held:
+        assert (await connection.ask("GET", "/v1/vms"))[0] == 401
+    refused = await world.connect(world.pinned())
+    status, answer = await refused.answer()
+    assert (status, answer["code"]) == (503, "busy")
+    assert (await world.ask("GET", "/v1/vms"))[0] == 200
+    for connection in [*held, refused]:
+        await connection.close()
 
 
 async def test_no_token_opens_nothing(world: World) -> None:
@@ -173,7 +198,7 @@ async def test_older_tls_is_not_spoken(world: World) -> None:
 async def test_small_answers_are_not_held_back(world: World) -> None:
     connection = await world.connect(world.pinned())
     await connection.ask("GET", "/v1/vms")
-    (served,) = world.server._state.connections
+    (served,) = world.server._served[1][1].connections
     accepted = served.transport.get_extra_info("socket")
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
     assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

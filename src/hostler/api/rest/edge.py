@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hostler.api.rest.errors import INTERNAL, PROBLEM, problem_response
 from hostler.api.rest.guard import FACTS, caller_in, endpoint_of
-from hostler.api.rest.state import PRINCIPAL, rest_of
+from hostler.api.rest.protocol import PRINCIPAL
+from hostler.api.rest.state import rest_of
 from hostler.identity.audit import AuditEntry
 from hostler.model.errors import ErrorCode
 from hostler.model.principal import Principal

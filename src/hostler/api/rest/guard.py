@@ -15,8 +15,8 @@ from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute
 
 from hostler.api.rest.body import bounded, names_in
-from hostler.api.rest.protocol import CALLER
-from hostler.api.rest.state import PRINCIPAL, rest_of
+from hostler.api.rest.protocol import CALLER, PRINCIPAL
+from hostler.api.rest.state import rest_of
 from hostler.identity.authorize import TABLE, Access, decide
 from hostler.identity.gate import Caller
 from hostler.model.errors import InternalError

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CALLER = "hostler.caller"
 """Key of the Caller in scope["extensions"]."""
+PRINCIPAL = "hostler.principal"
+"""Key in the scope under which the guard leaves who calls."""
 
 HEAD_TIME = 20.0
 """Seconds a client has for the head of a request, from its first byte (or from connecting) on."""
@@ -49,16 +51,32 @@ def caller_of(transport: asyncio.BaseTransport) -> Caller:
     return Caller(certificate=certificate, address=str(name[0]) if isinstance(name, tuple) else "")
 
 
+KEEP_ALIVE = 3600
+"""Seconds an idle connection of a known caller stays open. Long for the sake of hosts: a handshake in the middle of a
+migration's pause would be felt by the guest."""
+STRANGER_TIME = 20
+"""Seconds for one whose last request was refused since nobody knows it: it must not be able to hold places."""
+MAX_CONNECTIONS = 2000
+"""On each listener, so that a flood over the network does not lock out the administrator on the machine."""
+
+
 class _Identified:
     """The application, told who calls."""
 
     def __init__(self, app: ASGI3Application) -> None:
         self._app = app
+        self._scope: dict[str, Any] = {}
         self.caller = Caller()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the guard knew who sent the last request."""
+        return self._scope.get(PRINCIPAL) is not None
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         extended: dict[str, Any] = dict(scope)
         extended["extensions"] = {**(extended.get("extensions") or {}), CALLER: self.caller}
+        self._scope = extended
         await self._app(extended, receive, send)  # type: ignore[arg-type]  # uvicorn types scopes as closed dicts
 
 
@@ -82,7 +100,10 @@ class HttpProtocol(H11Protocol):
         """A client connected; TLS is done."""
         super().connection_made(transport)
         self._identified.caller = caller_of(transport)
-        self._arm(HEAD_TIME, h11.IDLE)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(503, "there are too many connections", ErrorCode.BUSY)
+        else:
+            self._arm(HEAD_TIME, h11.IDLE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
@@ -102,6 +123,11 @@ class HttpProtocol(H11Protocol):
             self._arm(HEAD_TIME, state)
         else:
             self._disarm()
+
+    def on_response_complete(self) -> None:
+        """The connection is idle from now on, for as long as its user deserves."""
+        self.timeout_keep_alive = KEEP_ALIVE if self._identified.is_known else STRANGER_TIME
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Not HTTP, or too large a head: the one error shape here too."""
@@ -123,11 +149,11 @@ class HttpProtocol(H11Protocol):
         self._timer = None
         self._refuse(408, "the request did not arrive in time")
 
-    def _refuse(self, status: int, cause: str) -> None:
+    def _refuse(self, status: int, cause: str, code: ErrorCode = ErrorCode.INVALID_INPUT) -> None:
         """Answer when nothing was answered yet, and close."""
         self._disarm()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = Problem(code=ErrorCode.INVALID_INPUT, object="request", cause=cause).model_dump_json().encode()
+            body = Problem(code=code, object="request", cause=cause).model_dump_json().encode()
             headers = [
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),

@@ -19,17 +19,12 @@ from hostler.api.rest.listeners import Listeners
 from hostler.api.rest.protocol import HttpProtocol, WebSocketProtocol
 from hostler.api.rest.state import Rest
 
-KEEP_ALIVE = 3600
-"""Seconds an idle connection stays open. Long for the sake of hosts: a handshake in the middle of a migration's pause
-would be felt by the guest."""
 HANDSHAKE_TIME = 10.0
 """Seconds for TLS."""
 MAX_HEAD = 32 * 1024
 """Bytes of a request's head."""
 MAX_FRAME = 1024**2
 """Bytes of a web socket message."""
-MAX_CONNECTIONS = 2000
-"""More are answered with 503. Ordinary open-file limits allow some more."""
 GRACE = 3.0
 """Seconds that requests under way get to end when the daemon stops."""
 
@@ -43,8 +38,7 @@ class RestServer:
         self._listeners = listeners
         self._tls = tls
         self._config = _config(app)
-        self._state = ServerState()
-        self._servers: list[asyncio.Server] = []
+        self._served: list[tuple[asyncio.Server, ServerState]] = []
 
     async def start(self) -> None:
         """Begin to answer."""
@@ -57,30 +51,38 @@ class RestServer:
         """Take no new connections, let what is under way end within GRACE seconds, close the rest. Streams, waits and
         consoles end at once. Harmless when stopped."""
         self._rest.closing.set()
-        for server in self._servers:
+        for server, _ in self._served:
             server.close()
-        self._servers.clear()
         self._listeners.close()
-        for connection in list(self._state.connections):
-            connection.shutdown()
-        if self._state.tasks:
-            _, late = await asyncio.wait(set(self._state.tasks), timeout=GRACE)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late, timeout=GRACE)
-        for connection in list(self._state.connections):
-            connection.transport.abort()
+        for _, state in self._served:
+            for connection in list(state.connections):
+                connection.shutdown()
+        await self._end_requests()
+        for _, state in self._served:
+            for connection in list(state.connections):
+                connection.transport.abort()
+        self._served.clear()
+
+    async def _end_requests(self) -> None:
+        tasks = {task for _, state in self._served for task in state.tasks}
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks, timeout=GRACE)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=GRACE)
 
     async def _serve(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        state = ServerState()
         server = await asyncio.get_running_loop().create_server(
-            lambda: HttpProtocol(self._config, self._state, {}),
+            lambda: HttpProtocol(self._config, state, {}),
             sock=listener,
             ssl=tls,
             ssl_handshake_timeout=HANDSHAKE_TIME if tls else None,
             ssl_shutdown_timeout=GRACE if tls else None,
         )
-        self._servers.append(server)
+        self._served.append((server, state))
 
 
 def _config(app: FastAPI) -> Config:
@@ -97,7 +99,5 @@ def _config(app: FastAPI) -> Config:
         proxy_headers=False,
         server_header=False,
         date_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE,
         h11_max_incomplete_event_size=MAX_HEAD,
     )

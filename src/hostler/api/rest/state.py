@@ -10,12 +10,10 @@ from typing import Annotated, Any, TypeVar, cast
 from fastapi import Depends, Request
 from starlette.requests import HTTPConnection
 
+from hostler.api.rest.protocol import PRINCIPAL
 from hostler.api.rest.services import Application
 from hostler.identity.gate import Identity
 from hostler.model.principal import Principal
-
-PRINCIPAL = "hostler.principal"
-"""Key in the scope under which the guard leaves who calls."""
 
 _T = TypeVar("_T")
 
