@@ -44,7 +44,9 @@ _FOREIGN: tuple[tuple[int, bytes, str], ...] = (
     (0, b"WithoutFreeSpace", "Parallels"),
     (0, b"WithouFreSpacExt", "Parallels"),
 )
-_QCOW = struct.Struct(">4sIQIIQI")
+_QCOW = struct.Struct(">4sIQIIQIIQQ")
+"""Magic, version, backing file offset and size, cluster bits, size, encryption, level 1 entries and offset, refcount
+table offset (qemu's docs/interop/qcow2.txt)."""
 _QCOW2_DATA_FILE = 0x4
 _QCOW2_CORRUPT = 0x2
 _FLATTEN = "flatten it first: qemu-img convert -O qcow2 IMAGE NEW, where the image comes from"
@@ -136,7 +138,7 @@ def _probe(fd: int, path: str, size: int, allocated: int, deep: bool) -> Shape:
 def _qcow2(fd: int, path: str, head: bytes) -> int:
     if len(head) < 72:
         raise _damaged(path, "qcow2", "its header is cut off")
-    _, version, backing_at, backing_length, _, size, encryption = _QCOW.unpack_from(head)
+    _, version, backing_at, backing_length, _, size, encryption, entries, table, counts = _QCOW.unpack_from(head)
     if version not in (2, 3):
         raise BadImage(f"image {path}", f"is qcow version {version}, not 2 or 3", _FLATTEN)
     features = struct.unpack_from(">Q", head, 72)[0] if version == 3 and len(head) >= 80 else 0
@@ -149,6 +151,8 @@ def _qcow2(fd: int, path: str, head: bytes) -> int:
         raise _damaged(path, "qcow2", "QEMU has marked it as corrupt")
     if encryption:
         raise BadImage(f"image {path}", "is an encrypted qcow2, which Hostler does not open", "decrypt it first")
+    if max(table + entries * 8, counts) > os.fstat(fd).st_size:
+        raise _damaged(path, "qcow2", "its tables are cut off")
     return int(size)
 
 

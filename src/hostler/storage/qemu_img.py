@@ -30,6 +30,7 @@ from hostler.model.errors import (
     QemuFailed,
 )
 from hostler.storage import programs
+from hostler.storage.footer import SECTOR
 from hostler.storage.formats import QEMU_DRIVER
 from hostler.storage.waiting import whole
 
@@ -113,8 +114,8 @@ class QemuImg:
         async with new_file(path) as part:
             await self._create(part, path, format, size)
             # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
-            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", "-f", QEMU_DRIVER[source_format]]
-            argv += ["-O", QEMU_DRIVER[format], "--", source, part]
+            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", *_source(source, source_format)]
+            argv += ["-O", QEMU_DRIVER[format], "--", _named(source, source_format), part]
             outcome = await programs.run(argv, f"image {path}", None, on_text=_teller(on_progress))
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)
@@ -208,6 +209,22 @@ def _taken(path: str) -> AlreadyExists:
     return AlreadyExists(f"file {path}", "exists already; files are never overwritten", "choose another name or path")
 
 
+def _source(source: str, format: ImageFormat) -> Sequence[str]:
+    return ["--image-opts"] if format is ImageFormat.VHD_FIXED else ["-f", QEMU_DRIVER[format]]
+
+
+def _named(source: str, format: ImageFormat) -> str:
+    """A fixed VHD is read as what it is, raw data before a footer: QEMU's vpc driver takes the size of one that some
+    programs made (Virtual PC, old QEMUs) from its cylinders, heads and sectors, which may leave out its end."""
+    if format is not ImageFormat.VHD_FIXED:
+        return source
+    try:
+        size = os.stat(source).st_size - SECTOR
+    except OSError as error:
+        raise NotFound(f"image {source}", f"cannot be read: {error.strerror}", "check the path") from error
+    return f"driver=raw,size={size},file.driver=file,file.filename={source.replace(',', ',,')}"
+
+
 def _teller(on_progress: OnProgress | None) -> programs.OnText | None:
     if on_progress is None:
         return None
@@ -251,7 +268,7 @@ def explain(
 ) -> HostlerError:
     """What a failed qemu-img means. `looking`: it only read, so what it refuses is a bad image."""
     last = _last_line(outcome)
-    if source is not None and f"Could not open '{source}'" in outcome.err:
+    if source is not None and "Could not open" in outcome.err and source in outcome.err:
         subject, looking = f"image {source}", True
     for mark, kind, cause, advice in _MEANINGS:
         if mark in outcome.err:

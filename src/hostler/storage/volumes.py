@@ -102,7 +102,7 @@ class VolumeService:
         check_name("volume", name)
         seen = await self.inspect(path, format)
         volume = seen.but(name=name, path=os.path.realpath(path), created=utc_now())
-        await self._catalogue.add(volume)
+        await whole(self._catalogue.add(volume), self._forget)
         return volume
 
     # looking
@@ -273,7 +273,9 @@ def _observe(volume: Volume) -> Volume:
         return volume.but(state=VolumeState.DAMAGED)
     if shape.size < volume.size:
         return volume.but(state=VolumeState.DAMAGED, allocated=shape.allocated)
-    return volume.but(size=shape.size, allocated=shape.allocated)
+    # The size of a dynamic VHD is QEMU's word (see QemuImg.info), which the footer alone does not tell.
+    size = volume.size if volume.format is ImageFormat.VHD else shape.size
+    return volume.but(size=size, allocated=shape.allocated)
 
 
 def _check_path(path: str) -> None:
