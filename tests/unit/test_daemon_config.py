@@ -151,3 +151,20 @@ def test_events_are_json_lines_from_the_chosen_level_on(capsys: pytest.CaptureFi
     assert lines[0]["vm"] == "web1"
     assert lines[1]["logger"] == "some.library"
     assert "ValueError: why" in lines[2]["exception"]
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize("people", [True, False])
+def test_a_fault_is_logged_without_the_values_of_variables(capsys: pytest.CaptureFixture[str], people: bool) -> None:
+    logging.configure("info", people=people)
+
+    def fail(secret: str) -> None:
+        raise ValueError("why" + secret[:0])
+
+    try:
+        fail("hstl_" + "geheim")
+    except ValueError:
+        structlog.get_logger().exception("fault")
+    written = capsys.readouterr().err
+    assert "ValueError: why" in written
+    assert "hstl_geheim" not in written
