@@ -86,6 +86,10 @@ class FakeQmp:
         """Make the next `times` calls of a command fail. `text`: QEMU's words where it refuses."""
         self._injections.setdefault(command, deque()).extend([_Injection(failure, text)] * times)
 
+    def pending(self, command: str) -> int:
+        """How many of the failures asked for have not happened yet."""
+        return len(self._injections.get(command, ()))
+
     def emit(self, event: str, data: dict[str, JsonValue] | None = None) -> None:
         """Send an event to the client, if there is one."""
         now = time.time()

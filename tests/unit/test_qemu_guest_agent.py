@@ -1,0 +1,121 @@
+"""The guest agent, and guests that are not to be trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from hostler.model.errors import GuestRefused
+from hostler.qemu import guest_agent
+from hostler.qemu.guest_agent import GuestAgent
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    made = Path(tempfile.mkdtemp(prefix="hq"))
+    yield f"{made}/qga.sock"
+    shutil.rmtree(made)
+
+
+class Agent:
+    """Speaks as qemu-ga does: one client, no greeting, 0xFF before the answer to guest-sync-delimited."""
+
+    def __init__(self, before: bytes = b"", refuse: str = "", mute: bool = False) -> None:
+        self.before = before
+        self.refuse = refuse
+        self.mute = mute
+        self.calls: list[str] = []
+        self.clients = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.clients += 1
+        writer.write(self.before)
+        try:
+            while line := await reader.readline():
+                self.answer(json.loads(line.lstrip(b"\xff")), writer)
+        except (OSError, ValueError):
+            pass
+        finally:
+            self.clients -= 1
+            writer.close()
+
+    def answer(self, request: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        name = str(request["execute"])
+        self.calls.append(name)
+        if self.mute:
+            return
+        if name == "guest-sync-delimited":
+            answer = {"return": request["arguments"]["id"]}  # type: ignore[index]
+            writer.write(b"\xff" + json.dumps(answer).encode() + b"\n")
+        elif self.refuse:
+            writer.write(json.dumps({"error": {"class": "GenericError", "desc": self.refuse}}).encode() + b"\n")
+        elif name != "guest-shutdown":
+            writer.write(b'{"return": {}}\n')
+
+
+@asynccontextmanager
+async def running(agent: Agent, path: str) -> AsyncIterator[GuestAgent]:
+    server = await asyncio.start_unix_server(agent.serve, path)
+    async with server:
+        yield GuestAgent(path, "vm a")
+    async with asyncio.timeout(30):
+        while agent.clients:  # noqa: ASYNC110 - a counter
+            await asyncio.sleep(0)
+
+
+async def test_an_agent_that_answers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "_REFUSAL_WAIT", 0.01)
+    agent = Agent()
+    async with running(agent, path) as ours:
+        await ours.ping()
+        await ours.shutdown()
+    assert agent.calls == ["guest-sync-delimited", "guest-ping", "guest-sync-delimited", "guest-shutdown"]
+
+
+async def test_what_an_earlier_client_left_is_skipped(path: str) -> None:
+    stale = b'{"return": 1}\n\xff{"return": 99}\n\xffgarbage\n' + b"x" * 1000 + b"\n"
+    async with running(Agent(before=stale), path) as ours:
+        await ours.ping()
+
+
+@pytest.mark.parametrize("flood", [b"x" * 300_000, b'\xff{"return": 1}\n' * 200, b"\xff" + b"[" * 50_000 + b"\n"])
+async def test_a_guest_that_floods_is_given_up(path: str, flood: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "DEADLINE", 0.5)
+    async with running(Agent(before=flood, mute=True), path) as ours:
+        with pytest.raises(GuestRefused):
+            await ours.ping()
+
+
+async def test_nobody_answers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "DEADLINE", 0.05)
+    ours = GuestAgent(path, "vm a")
+    with pytest.raises(GuestRefused):
+        await ours.ping()
+    agent = Agent(mute=True)
+    async with running(agent, path) as ours:
+        with pytest.raises(GuestRefused):
+            await ours.shutdown()
+    assert "guest-shutdown" not in agent.calls
+
+
+async def test_a_refusal_is_passed_on(path: str) -> None:
+    async with running(Agent(refuse="this command is disabled"), path) as ours:
+        for call in (ours.ping, ours.shutdown):
+            with pytest.raises(GuestRefused, match="disabled"):
+                await call()
+
+
+async def test_one_client_at_a_time(path: str) -> None:
+    agent = Agent()
+    async with running(agent, path) as ours:
+        await asyncio.gather(*(ours.ping() for _ in range(5)))
+    assert agent.calls == ["guest-sync-delimited", "guest-ping"] * 5
