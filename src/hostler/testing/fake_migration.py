@@ -84,7 +84,7 @@ class FakeMigration:
         if self._status == "failed" and self._error:
             info["error-desc"] = self._error
         if self._status in ("active", "cancelling", "completed") and not self._machine.incoming:
-            info |= self._counters()
+            info |= _counters(self._transferred, self._status == "completed")
         return info
 
     def migrate(self, uri: str) -> JsonValue:
@@ -285,19 +285,19 @@ class FakeMigration:
         if self._status in _BUSY and not self._machine.incoming:
             raise QmpError("There's a migration process in progress")
 
-    def _counters(self) -> dict[str, JsonValue]:
-        completed = self._status == "completed"
-        ram: dict[str, JsonValue] = {
-            "total": RAM,
-            "remaining": 0 if completed else RAM * (STREAM - self._transferred) // STREAM,
-            "transferred": self._transferred,
-            "dirty-sync-count": 2 if completed else 1,
-            "dirty-pages-rate": 0,
-            "page-size": 4096,
-            "mbps": 1000.0,
-        }
-        times: dict[str, JsonValue] = {"total-time": 30, "setup-time": 1}
-        return {"ram": ram} | times | ({"downtime": 20} if completed else {"expected-downtime": 20})
+
+def _counters(transferred: int, completed: bool) -> dict[str, JsonValue]:
+    ram: dict[str, JsonValue] = {
+        "total": RAM,
+        "remaining": 0 if completed else RAM * (STREAM - transferred) // STREAM,
+        "transferred": transferred,
+        "dirty-sync-count": 2 if completed else 1,
+        "dirty-pages-rate": 0,
+        "page-size": 4096,
+        "mbps": 1000.0,
+    }
+    times: dict[str, JsonValue] = {"total-time": 30, "setup-time": 1}
+    return {"ram": ram} | times | ({"downtime": 20} if completed else {"expected-downtime": 20})
 
 
 def _is_device(fd: int) -> bool:

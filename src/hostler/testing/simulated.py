@@ -53,32 +53,32 @@ class SimulatedMachine:
 
     async def status(self) -> RunStatus:
         """The run state."""
-        await self._enter("status")
+        await _enter(self, "status")
         return self.qemu.status
 
     async def run(self) -> None:
         """Run the guest."""
-        await self._enter("run")
+        await _enter(self, "run")
         self.qemu.run()
 
     async def stop(self) -> None:
         """Stop the guest."""
-        await self._enter("stop")
+        await _enter(self, "stop")
         self.qemu.stop()
 
     async def reset(self) -> None:
         """Press reset."""
-        await self._enter("reset")
+        await _enter(self, "reset")
         self.qemu.emit("RESET", guest=False, reason="host-qmp-system-reset")
 
     async def power_down(self) -> None:
         """Press the power button."""
-        await self._enter("power_down")
+        await _enter(self, "power_down")
         self.qemu.power_down()
 
     async def guest_shutdown(self) -> None:
         """Ask the agent."""
-        await self._enter("guest_shutdown")
+        await _enter(self, "guest_shutdown")
         self.qemu.guest_shutdown()
 
     async def quit(self) -> None:
@@ -102,75 +102,76 @@ class SimulatedMachine:
 
     async def screenshot(self) -> bytes:
         """The beginning of a picture."""
-        await self._enter("screenshot")
+        await _enter(self, "screenshot")
         return PNG
 
     async def attach_disk(self, disk: Disk, export: str | None = None) -> None:
         """Hot add."""
-        await self._enter("attach_disk")
+        await _enter(self, "attach_disk")
         self.qemu.attach(disk, export)
 
     async def detach_disk(self, disk_id: str, timeout: float) -> None:
         """Hot remove."""
-        await self._enter("detach_disk")
+        await _enter(self, "detach_disk")
         await self.qemu.detach(disk_id, timeout)
 
     async def attached_disks(self) -> frozenset[str]:
         """Disks."""
-        await self._enter("attached_disks")
+        await _enter(self, "attached_disks")
         return frozenset(self.qemu.disks)
 
     async def io_failed(self) -> dict[str, str]:
         """What a test put there."""
-        await self._enter("io_failed")
+        await _enter(self, "io_failed")
         return dict(self.qemu.io_status)
 
     async def save_to(self, path: str, on_progress: OnProgress) -> MigrationResult:
         """Save."""
-        await self._enter("save_to")
+        await _enter(self, "save_to")
         return await moves.save(self.qemu, path, on_progress)
 
     async def load_from(self, path: str) -> None:
         """Load."""
-        await self._enter("load_from")
+        await _enter(self, "load_from")
         moves.load(self.qemu, path)
 
     async def listen(self, settings: MigrationSettings, secret: str, host: str) -> str:
         """Listen on the world's wire."""
-        await self._enter("listen")
+        await _enter(self, "listen")
         return moves.listen(self.qemu, settings, secret, host)
 
     async def loaded(self) -> bool:
         """Whether the state has arrived."""
-        await self._enter("loaded")
+        await _enter(self, "loaded")
         return self.qemu.loaded
 
     async def migrate_to(
         self, address: str, settings: MigrationSettings, secret: str, on_progress: OnProgress
     ) -> MigrationResult:
         """Send over the world's wire."""
-        await self._enter("migrate_to")
+        await _enter(self, "migrate_to")
         return await moves.migrate(self.qemu, address, settings, secret, on_progress)
 
     async def cancel_migration(self) -> None:
         """Stop sending."""
-        await self._enter("cancel_migration")
+        await _enter(self, "cancel_migration")
         if self.qemu.progress.status in ("setup", "active"):
             self.qemu.set_progress(status="cancelling")
 
     async def migration_state(self) -> MigrationProgress:
         """Counters."""
-        await self._enter("migration_state")
+        await _enter(self, "migration_state")
         return self.qemu.progress
 
     async def announce(self) -> None:
         """Nothing hears it."""
-        await self._enter("announce")
+        await _enter(self, "announce")
 
-    async def _enter(self, method: str) -> None:
-        await self.faults.enter(method)
-        if not self.qemu.alive:
-            raise QemuFailed(self.qemu.name, f"QEMU is gone, {method} was not answered", gone=True)
+
+async def _enter(machine: SimulatedMachine, method: str) -> None:
+    await machine.faults.enter(method)
+    if not machine.qemu.alive:
+        raise QemuFailed(machine.qemu.name, f"QEMU is gone, {method} was not answered", gone=True)
 
 
 class SimulatedHypervisor:
