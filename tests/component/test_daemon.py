@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -257,6 +258,23 @@ def test_what_keeps_it_from_starting_is_one_clear_line_with_advice(directory: Pa
         2,
         "hostlerd: address 'nonsense': is not HOST:PORT\n  write for example 0.0.0.0:8690\n",
     )
+
+
+def test_a_stop_in_the_middle_of_starting_leaves_nothing(directory: Path, processes: list[Process]) -> None:
+    slow = directory / "slow-qemu"
+    slow.write_text(f"#!/bin/sh\necho $$ > {directory}/pid\nexec sleep 600\n")
+    slow.chmod(0o755)
+    processes.append(Process(directory, f"--qemu={slow}"))
+    deadline = time.monotonic() + PATIENCE
+    while not (directory / "pid").exists() or not (directory / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    status, errors = processes[0].end(signal.SIGTERM)
+    assert (status, "Traceback" in errors) == (0, False)
+    assert not (directory / "s/run/api.sock").exists()
+    pid = int((directory / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @needs_qemu
