@@ -77,6 +77,10 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
+class ReaderGone(Exception):
+    """Whoever read our output has gone (`hostler vm list | head -1`). click would make an ordinary failure of it."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are named by "module:attribute" and imported one at a time."""
 
@@ -113,6 +117,13 @@ class LazyGroup(click.Group):
         command = self.get_command(ctx, name)
         assert command is not None
         return command.get_short_help_str(100)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGone from error
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from hostler.cli.exit_codes import Exit, exit_code
-from hostler.cli.lazy import LazyGroup
+from hostler.cli.lazy import LazyGroup, ReaderGone
 from hostler.cli.settings import Settings
 from hostler.model.errors import HostlerError, InternalError, InvalidInput
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return Exit.INTERRUPTED
-    except BrokenPipeError:
+    except (ReaderGone, BrokenPipeError):
         # Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.PIPE

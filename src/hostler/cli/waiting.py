@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from hostler.cli.exit_codes import Exit
 from hostler.cli.output import hint, print_json, say
 from hostler.cli.settings import Settings
@@ -114,8 +116,8 @@ class Follower:
 
 def _cancelled_by_second(settings: Settings, follower: Follower) -> bool:
     """Gives three seconds for a second Ctrl-C. True when the job is over afterwards, in whatever way."""
-    hint(f"\npress Ctrl-C again within {SECOND_CHANCE:g} s to cancel it; otherwise it runs on")
     try:
+        hint(f"\npress Ctrl-C again within {SECOND_CHANCE:g} s to cancel it; otherwise it runs on")
         return follower.follow(time.monotonic() + SECOND_CHANCE)
     except KeyboardInterrupt:
         hint("\ncancelling")
@@ -130,7 +132,7 @@ def _started(settings: Settings, content: bytes, job: Json) -> int:
     if settings.json:
         print_json(content)
     elif settings.quiet:
-        hint(job["id"])
+        click.echo(job["id"])
     else:
         say(settings, f"job {job['id']} is {job['state']}; wait for it: hostler job watch {job['id']}")
     return Exit.OK
