@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from pyroute2 import AsyncIPRoute
@@ -40,18 +41,25 @@ class Taps:
         return self._host_prefix + hashlib.sha256(f"{vm_id}/{nic_id}".encode()).hexdigest()[:8]
 
     async def create(self, vm_id: str, nic_id: str, bridge: str, queues: int, uid: int | None) -> str:
-        """Make the tap, owned by `uid`, on the bridge, up, with the bridge's MTU; harmless when it is there already.
+        """Make the tap, owned by `uid` (None: by the daemon's own), on the bridge, up, with the bridge's MTU. One that
+        is there already stays if it is as wanted, and is made anew if not. On failure nothing is left.
         HostLacks when there is no such bridge, NotPermitted without the rights."""
         name = self.name(vm_id, nic_id)
-        async with _netlink(f"adapter {nic_id}") as ip:
+        # A tap without an owner could be opened by every user of the host (drivers/net/tun.c, tun_not_capable).
+        owner = os.geteuid() if uid is None else uid
+        async with _netlink(f"adapter {nic_id}") as ip, AsyncExitStack() as undo:
             bridge_index, mtu = await _bridge(ip, bridge)
             index = await _index(ip, name)
+            if index is not None and await _kind(ip, index) != (owner, queues > 1):
+                await ip.link("del", index=index)
+                index = None
             if index is None:
-                flags: dict[str, Any] = {"ifr": {"no_pi": 1, "vnet_hdr": 1, "multi_queue": int(queues > 1)}}
-                owner = {} if uid is None else {"uid": uid}
-                await ip.link("add", ifname=name, kind="tuntap", mode="tap", **owner, **flags)
+                undo.push_async_callback(self._remove, name)
+                flags = {"no_pi": 1, "vnet_hdr": 1, "multi_queue": int(queues > 1)}
+                await ip.link("add", ifname=name, kind="tuntap", mode="tap", uid=owner, ifr=flags)
                 index = await _index(ip, name)
             await ip.link("set", index=index, master=bridge_index, mtu=mtu, state="up")
+            undo.pop_all()
         return name
 
     async def delete(self, vm_id: str, nic_id: str) -> None:
@@ -102,6 +110,18 @@ async def _netlink(subject: str) -> AsyncIterator[Any]:
                 subject, "changing the network needs root", "run hostlerd as root, or use the network 'user'"
             ) from error
         raise QemuFailed(subject, f"the kernel refuses: {error}", "look at 'ip link'") from error
+    except FileNotFoundError as error:
+        raise HostLacks(subject, "this host has no /dev/net/tun", "load the module: modprobe tun") from error
+
+
+async def _kind(ip: Any, index: int) -> tuple[int | None, bool]:
+    """Owner of a tap, and whether it has several queues."""
+    (link,) = await ip.link("get", index=index)
+    info = link.get_attr("IFLA_LINKINFO")
+    data = info.get_attr("IFLA_INFO_DATA") if info is not None else None
+    if data is None:
+        return None, False
+    return data.get_attr("IFLA_TUN_OWNER"), bool(data.get_attr("IFLA_TUN_MULTI_QUEUE"))
 
 
 async def _index(ip: Any, name: str) -> int | None:
