@@ -1,7 +1,7 @@
 """libvirt as a contender: libvirtd and virsh in namespaces of their own, so that this machine's libvirt is not touched.
 
-Each libvirtd sees private copies of the directories it writes to. Two of them are joined by a veth pair, as hosts are
-by a cable. Needs root, since namespaces and mounts do.
+Each libvirtd sees private, empty copies of the directories it writes to and has a host name of its own, so that two of
+them on one machine are two hosts to each other. Needs root, since mounts do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,7 +27,7 @@ auth_unix_rw = "none"
 auth_tcp = "none"
 listen_tls = 0
 listen_tcp = 1
-tcp_port = "16509"
+listen_addr = "127.0.0.1"
 """
 QEMU_CONFIG = """\
 security_driver = "none"
@@ -51,21 +52,25 @@ def missing() -> str | None:
 
 
 class Libvirtd:
-    """One libvirtd. `namespace` is the network namespace it lives in, None for ours."""
+    """One libvirtd. `port` is where others reach it (TCP, on the loopback interface)."""
 
-    def __init__(self, name: str, place: Path, namespace: str | None = None) -> None:
+    def __init__(self, name: str, place: Path) -> None:
         self.name = name
         self.place = place
-        self.namespace = namespace
+        self.port = free_port()
         self._pid = 0
+
+    @property
+    def uri(self) -> str:
+        """How another libvirtd reaches it."""
+        return f"qemu+tcp://127.0.0.1:{self.port}/system"
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Libvirtd]:
         """The daemon, until the block is left; its domain is ended first."""
         self._prepare()
         process = await asyncio.create_subprocess_exec(
-            *self._enter_network(),
-            *("unshare", "--mount", "--propagation", "private", "sh", "-c", self._script()),
+            *("unshare", "--mount", "--uts", "--propagation", "private", "sh", "-c", self._script()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
@@ -81,22 +86,18 @@ class Libvirtd:
             process.terminate()
             await process.wait()
 
-    def _enter_network(self) -> list[str]:
-        return ["ip", "netns", "exec", self.namespace] if self.namespace else []
-
     def _prepare(self) -> None:
         self.place.mkdir(parents=True, exist_ok=True)
         for path in PRIVATE:
             (self.place / "root" / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
         etc = self.place / "root/etc/libvirt"
-        (etc / "libvirtd.conf").write_text(CONFIG + f'host_uuid = "{uuid.uuid4()}"\n')
+        (etc / "libvirtd.conf").write_text(CONFIG + f'tcp_port = "{self.port}"\nhost_uuid = "{uuid.uuid4()}"\n')
         (etc / "qemu.conf").write_text(QEMU_CONFIG)
 
     def _script(self) -> str:
         binds = [f"mount --bind {self.place}/root{path} {path}" for path in PRIVATE if Path(path).exists()]
-        listen = " --listen" if self.namespace else ""
-        name = f"hostname {self.name}; " if self.namespace else ""
-        return " && ".join(binds) + f" && {name}exec libvirtd -p {self.place}/pid{listen} >{self.place}/log 2>&1"
+        daemon = f"exec libvirtd --listen -p {self.place}/pid >{self.place}/log 2>&1"
+        return " && ".join([*binds, f"echo {self.name}.bench >/proc/sys/kernel/hostname", daemon])
 
     async def _wait_ready(self, process: asyncio.subprocess.Process) -> None:
         async with asyncio.timeout(READY):
@@ -111,7 +112,7 @@ class Libvirtd:
     async def virsh(self, *words: str) -> str:
         """Run virsh as a whole command in the daemon's namespaces. InternalError with its words where it fails."""
         process = await asyncio.create_subprocess_exec(
-            *("nsenter", f"--target={self._pid}", "--mount", "--net"),
+            *("nsenter", f"--target={self._pid}", "--mount", "--uts"),
             *("virsh", "-q", "-c", "qemu:///system", *words),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -126,6 +127,13 @@ class Libvirtd:
         if process.returncode != 0:
             raise InternalError(f"virsh {words[0]}", err.decode(errors="replace").strip() or "failed")
         return out.decode()
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def domain(place: Path, guest: MicroGuest, memory_mib: int, cmdline: str) -> Path:

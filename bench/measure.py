@@ -89,10 +89,10 @@ async def in_turns(result: Result, contenders: Sequence[Contender], rounds: int 
 
 def table(result: Result) -> str:
     """The result for people."""
-    lines = [f"{result.name}", f"  {'metric':<34}{'who':<10}{'median':>9}{'low':>9}{'high':>9}  ratio to {BASE}"]
+    lines = [f"{result.name}", f"  {'metric':<40}{'who':<10}{'median':>9}{'low':>9}{'high':>9}  ratio to {BASE}"]
     for row in result.rows():
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x"
-        lines.append(f"  {row.metric:<34}{row.contender:<10}{row.median:>9.1f}{row.low:>9.1f}{row.high:>9.1f}  {ratio}")
+        lines.append(f"  {row.metric:<40}{row.contender:<10}{row.median:>9.1f}{row.low:>9.1f}{row.high:>9.1f}  {ratio}")
     lines += [f"  without {who}: {why}" for who, why in result.skipped.items()]
     lines += [f"  {key}: {value}" for key, value in result.notes.items()]
     return "\n".join(lines)

@@ -53,9 +53,11 @@ class Host:
             )
         try:
             async with AsyncClient(f"unix:{self.run_dir / 'api.sock'}") as self.client:
-                await self._wait_ready()
-                yield self
-                await self._end_vms()
+                try:
+                    await self._wait_ready()
+                    yield self
+                finally:
+                    await self._end_vms()
         finally:
             self.process.terminate()
             await self.process.wait()
@@ -70,9 +72,11 @@ class Host:
         raise TimedOut(f"host {self.name}", f"is not ready:\n{(self.place / 'log').read_text()[-2000:]}")
 
     async def _end_vms(self) -> None:
-        for vm in await self.client.send(calls.vms()):
-            with contextlib.suppress(HostlerError):  # it is off already
-                await self.act(vm.id, "turn-off")
+        """Nothing stays, whatever went wrong before: VMs outlive their daemon."""
+        with contextlib.suppress(HostlerError):  # the daemon is gone
+            for vm in await self.client.send(calls.vms()):
+                with contextlib.suppress(HostlerError):  # it is off already
+                    await self.act(vm.config.id, "turn-off")
 
     async def act(self, vm: str, action: str) -> Job:
         """Do it and wait until it is done."""

@@ -199,10 +199,16 @@ async def prepare(machine: RawQemu, settings: RawSettings, endpoint: str) -> Non
         "multifd-channels": settings.streams,
     }
     if settings.keys is not None:
+        user: Answer = {"username": "qemu"} if endpoint == "client" else {}
         await machine.cmd(
-            "object-add", qom_type="tls-creds-psk", id="tls", endpoint=endpoint, dir=str(settings.keys), username="qemu"
+            "object-add",
+            qom_type="tls-creds-psk",
+            id=f"tls-{endpoint}",
+            endpoint=endpoint,
+            dir=str(settings.keys),
+            **user,
         )
-        parameters["tls-creds"] = "tls"
+        parameters["tls-creds"] = f"tls-{endpoint}"
     await machine.cmd("migrate-set-parameters", **parameters)
 
 
