@@ -40,7 +40,20 @@ PROGRAMS = {
 }
 """Every system program that the code may start, and the Debian package it is in."""
 
-OF_THE_BASE_SYSTEM = {"mount", "umount", "true", "false", "sleep", "cat", "sh", "setpriv", "prlimit", "stdbuf"}
+OF_THE_BASE_SYSTEM = {
+    "mount",
+    "umount",
+    "true",
+    "false",
+    "sleep",
+    "cat",
+    "sh",
+    "setpriv",
+    "prlimit",
+    "stdbuf",
+    "unshare",
+    "nsenter",
+}
 """In packages that no Debian can be without (coreutils, dash, util-linux, mount)."""
 
 OF_THE_ENVIRONMENT = {"hostler", "hostlerd", "uv"}
