@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hostler.model.errors import HostLacks, QemuFailed, TimedOut
+from hostler.storage.programs import NOT_RUN
 from hostler.storage.qmp import peer_pid
 
 START = 30.0
@@ -46,7 +47,7 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
             umask=0o077,
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise _lacks(argv[0]) from error
     try:
         async with asyncio.timeout(START):
@@ -59,7 +60,7 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
             await asyncio.shield(process.communicate())
     if process.returncode != 0:
         output = err.decode("utf-8", "replace").strip()[-4096:]
-        if process.returncode == 127 and "failed to execute" in output:
+        if process.returncode in NOT_RUN and "failed to execute" in output:
             raise _lacks(binary)
         raise QemuFailed(f"export {nbd}", f"{binary} did not start: {output}", output=output)
 

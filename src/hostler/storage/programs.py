@@ -15,6 +15,10 @@ from dataclasses import dataclass
 
 from hostler.model.errors import HostLacks, TimedOut
 
+NOT_RUN = (126, 127)
+"""How util-linux ends when it cannot execute a program: 127 not found, 126 otherwise (also when it was not found, and a
+directory in PATH may not be searched)."""
+
 MAX_OUTPUT = 1024 * 1024
 """Bytes kept of each stream; what comes after is read and dropped, so that the child never blocks on us."""
 
@@ -58,7 +62,7 @@ async def run(
         raise TimedOut(subject, f"{argv[0]} took longer than {deadline:.0f} s", "look at the disk it is on") from error
     finally:
         await asyncio.shield(_end(process))
-    if status == 127 and "failed to execute" in err:
+    if status in NOT_RUN and "failed to execute" in err:
         raise _lacks(argv[0])
     return Outcome(status, out, err)
 
@@ -79,7 +83,7 @@ async def _spawn(argv: Sequence[str], bounds: Bounds) -> asyncio.subprocess.Proc
             stderr=asyncio.subprocess.PIPE,
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
         )
-    except FileNotFoundError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise _lacks("setpriv") from error
 
 
