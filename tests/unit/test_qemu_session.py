@@ -278,5 +278,16 @@ async def test_keys_come_and_go(place: Path) -> None:
     assert not list(place.glob("psk-*"))
 
 
+def test_the_group_is_the_one_of_the_rfc() -> None:
+    """First and last words as printed in RFC 7919, and the property that makes it one: p and (p - 1) / 2 are prime."""
+    prime = psk.ffdhe2048()
+    assert f"{prime:X}".startswith("FFFFFFFFFFFFFFFFADF85458A2BB4A9AAFDC5620273D3CF1")
+    assert f"{prime:X}".endswith("886B423861285C97FFFFFFFFFFFFFFFF")
+    for number in (prime, (prime - 1) // 2):
+        assert number.bit_length() in (2047, 2048)
+        assert all(pow(base, number - 1, number) == 1 for base in (2, 3, 5, 7))
+    assert psk.dh_group().startswith(b"-----BEGIN DH PARAMETERS-----\nMIIBCAKCAQEA////")
+
+
 def test_the_library_does_not_log() -> None:
     assert not qmp.logging.getLogger("qemu.qmp.protocol").isEnabledFor(qmp.logging.ERROR)
