@@ -14,7 +14,6 @@ Sample = Mapping[str, float]
 
 ROUNDS = 7
 BASE = "qemu"
-"""The contender that ratios are taken against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +37,11 @@ class Row:
 
 @dataclass(slots=True)
 class Result:
-    """A finished benchmark. `skipped` says who did not take part, and why."""
+    """A finished benchmark. `base` is the contender ratios are taken against; `skipped` says who did not take part,
+    and why."""
 
     name: str
+    base: str = BASE
     samples: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Result:
         values = {
             name: [one[metric] for one in rounds if metric in one] for name, rounds in self.samples.items() if rounds
         }
-        base = median(values[BASE]) if values.get(BASE) else None
+        base = median(values[self.base]) if values.get(self.base) else None
         return [
             Row(
                 metric,
@@ -63,7 +64,7 @@ class Result:
                 min(found),
                 max(found),
                 len(found),
-                median(found) / base if base and name != BASE else None,
+                median(found) / base if base and name != self.base else None,
             )
             for name, found in values.items()
             if found
@@ -89,10 +90,10 @@ async def in_turns(result: Result, contenders: Sequence[Contender], rounds: int 
 
 def table(result: Result) -> str:
     """The result for people."""
-    lines = [f"{result.name}", f"  {'metric':<40}{'who':<10}{'median':>9}{'low':>9}{'high':>9}  ratio to {BASE}"]
+    lines = [f"{result.name}", f"  {'metric':<40}{'who':<10}{'median':>9}{'low':>9}{'high':>9}  ratio to {result.base}"]
     for row in result.rows():
         ratio = "" if row.ratio is None else f"{row.ratio:.2f} x"
-        lines.append(f"  {row.metric:<40}{row.contender:<10}{row.median:>9.1f}{row.low:>9.1f}{row.high:>9.1f}  {ratio}")
+        lines.append(f"  {row.metric:<40}{row.contender:<10}{row.median:>9.2f}{row.low:>9.2f}{row.high:>9.2f}  {ratio}")
     lines += [f"  without {who}: {why}" for who, why in result.skipped.items()]
     lines += [f"  {key}: {value}" for key, value in result.notes.items()]
     return "\n".join(lines)
