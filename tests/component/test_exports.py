@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import images
 import pytest
 
 from hostler.model.disk import Disk, DiskSource, ImageFormat
@@ -291,6 +292,16 @@ async def test_a_file_that_claims_another_process_ends_nobody(here: Path, export
     await exports.stop(directory, "scsi0-0")
     server.close()
     assert os.listdir(directory) == []
+
+
+async def test_a_vhdx_left_by_a_crash_is_repaired_when_it_is_opened_for_writing(here: Path, exports: Exports) -> None:
+    disk = await make(here, ImageFormat.VHDX)
+    images.leave_log(disk.source.path)
+    with pytest.raises(BadImage, match="log"):
+        await exports.start(run_dir(here, "reader"), disk.but(read_only=True))
+    assert os.listdir(here / "reader") == []
+    socket = await exports.start(run_dir(here, "vm"), disk)
+    assert "wrote" in qemu_io(socket, "write -P 1 0 64k")
 
 
 async def test_an_image_of_another_size_is_not_served(here: Path, exports: Exports) -> None:

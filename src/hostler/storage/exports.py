@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import defaultdict
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from hostler.model.disk import Disk
 from hostler.model.errors import (
@@ -38,6 +38,7 @@ from hostler.model.errors import (
 )
 from hostler.storage import export_nodes as nodes
 from hostler.storage.export_process import find_process, spawn, terminate
+from hostler.storage.qemu_img import LOG_PENDING, LogPending
 from hostler.storage.qmp import QmpGone, QmpLines, QmpRefused, conversation
 
 SOCKET_LIMIT = 107
@@ -50,7 +51,11 @@ class Exports:
 
     def __init__(self, binary: str = "qemu-storage-daemon") -> None:
         self._binary = binary
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def _lock(self, control: str) -> asyncio.Lock:
+        """The one lock of that disk, as long as anybody holds or awaits it."""
+        return self._locks.setdefault(control, asyncio.Lock())
 
     def socket(self, run_dir: str, disk_id: str) -> str:
         """The NBD socket of that disk's export; the export's name is the disk id."""
@@ -63,7 +68,7 @@ class Exports:
         """
         _check(run_dir, disk)
         control = _control(run_dir, disk.id)
-        async with self._locks[control], AsyncExitStack() as undo:
+        async with self._lock(control), AsyncExitStack() as undo:
             if await find_process(control) is None:
                 undo.push_async_callback(_stop, run_dir, disk.id)
                 _remove_files(run_dir, disk.id)
@@ -75,28 +80,27 @@ class Exports:
     async def open_image(self, run_dir: str, disk: Disk) -> None:
         """Put the real image behind the export. When this fails, what was behind it still is. Errors as `start`."""
         control = _control(run_dir, disk.id)
-        async with self._locks[control]:
+        async with self._lock(control):
             await _arrange(control, disk, nodes.IMAGE)
 
     async def close_image(self, run_dir: str, disk: Disk) -> None:
         """Flush and close the image, so that another process may open it; the export is gone until `open_image`.
         Harmless when the process is gone: then the image is closed as well."""
         control = _control(run_dir, disk.id)
-        async with self._locks[control]:
+        async with self._lock(control):
             if await find_process(control) is not None:
                 await _arrange(control, disk, None)
 
     async def stop(self, run_dir: str, disk_id: str) -> None:
         """End the process (it flushes and closes the image), remove its files. Harmless when it is gone."""
         control = _control(run_dir, disk_id)
-        async with self._locks[control]:
+        async with self._lock(control):
             await _stop(run_dir, disk_id)
-        self._locks.pop(control, None)
 
     async def serves(self, run_dir: str, disk_id: str) -> str | None:
         """What is behind the export now: "image", "placeholder", or None (closed, or no process)."""
         control = _control(run_dir, disk_id)
-        async with self._locks[control]:
+        async with self._lock(control):
             if await find_process(control) is None:
                 return None
             try:
@@ -211,6 +215,8 @@ def _explain(subject: str, error: QmpGone | QmpRefused) -> HostlerError:
         return QemuFailed(subject, f"its storage daemon is gone ({text})", "start the VM's disk anew", output=text)
     if "Failed to get" in text and "lock" in text:
         return InUse(subject, "another process has the image open", "stop what uses it", output=text)
+    if "log that needs to be replayed" in text:
+        return LogPending(subject, *LOG_PENDING, output=text)
     if "No such file" in text:
         return NotFound(subject, "the image does not exist", "check the path", output=text)
     if "Permission denied" in text:

@@ -58,6 +58,11 @@ _OPTIONS: dict[ImageFormat, str] = {
 _PROGRESS = re.compile(r"\((\d+\.\d+)/100%\)")
 
 
+class LogPending(BadImage):
+    """A VHDX with a log: it is in use right now, or its last user was killed. Whoever opens it for writing replays the
+    log; whoever only reads refuses it."""
+
+
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
     """What qemu-img says about an image. Bytes. `backing` as the image names it."""
@@ -75,7 +80,8 @@ class QemuImg:
         self._binary = binary
 
     async def info(self, path: str, format: ImageFormat) -> ImageInfo:
-        """Look at an image, also one in use (-U). Opens no backing file. BadImage when QEMU does not open it."""
+        """Look at an image, also one in use (-U). Opens no backing file. BadImage when QEMU does not open it, its
+        subclass LogPending for a VHDX that is sound but has a log."""
         argv = [self._binary, "info", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
         outcome = await programs.run(argv, f"image {path}", LOOK, LOOK_BOUNDS)
         if outcome.status != 0:
@@ -250,6 +256,10 @@ def _info(path: str, text: str) -> ImageInfo:
         raise BadImage(f"image {path}", "qemu-img's answer about it cannot be read", "check the file") from error
 
 
+LOG_PENDING = (
+    "the VHDX was not closed by its last user, and its log can be replayed only where it may be written",
+    "repair it with 'qemu-img check -r all IMAGE' while nobody uses it, or start a VM that writes it once",
+)
 _MEANINGS: tuple[tuple[str, type[HostlerError], str, str], ...] = (
     ("No space left on device", NoSpace, "the disk is full", "free some space"),
     ("Disk quota exceeded", NoSpace, "the disk quota is used up", "free some space"),
@@ -268,6 +278,8 @@ def explain(
 ) -> HostlerError:
     """What a failed qemu-img means. `looking`: it only read, so what it refuses is a bad image."""
     last = _last_line(outcome)
+    if "log that needs to be replayed" in outcome.err:
+        return LogPending(source_or(subject, source), *LOG_PENDING)
     if source is not None and "Could not open" in outcome.err and source in outcome.err:
         subject, looking = f"image {source}", True
     for mark, kind, cause, advice in _MEANINGS:
@@ -279,6 +291,11 @@ def explain(
     if _full(directory):
         return NoSpace(subject, "the disk is full", f"free some space in {directory}", output=last)
     return QemuFailed(subject, f"qemu-img failed: {last}", "", output=last, status=outcome.status)
+
+
+def source_or(subject: str, source: str | None) -> str:
+    """What an error about a source is about."""
+    return subject if source is None else f"image {source}"
 
 
 def explain_os(subject: str, error: OSError, directory: Path) -> HostlerError:

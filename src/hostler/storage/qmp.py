@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 """Seconds for one command, and for the connection with its greeting. Closing an image flushes it first."""
 _AGAIN = 0.005
 _LINE = 4 * 1024 * 1024

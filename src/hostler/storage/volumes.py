@@ -24,7 +24,7 @@ from hostler.model.volume import Volume, VolumeState
 from hostler.storage.catalogue import Catalogue, real_target
 from hostler.storage.claims import ClaimBook
 from hostler.storage.formats import SUFFIX, Shape, recognise
-from hostler.storage.qemu_img import OnProgress, QemuImg, leftovers
+from hostler.storage.qemu_img import LogPending, OnProgress, QemuImg, leftovers
 from hostler.storage.waiting import in_thread, whole
 from hostler.store.contract import CheckFailed, Delete, Put, Store, Transaction
 from hostler.store.table import Row
@@ -254,7 +254,10 @@ class VolumeService:
         shape = await in_thread(f"image {path}", lambda: recognise(path, format, deep=True))
         if shape.format is ImageFormat.RAW:
             return shape
-        info = await self._image.info(path, shape.format)
+        try:
+            info = await self._image.info(path, shape.format)
+        except LogPending:
+            return shape  # in use, or left by a crash: sound, and repaired when a VM opens it
         if info.corrupt:
             raise BadImage(f"image {path}", "QEMU has marked it as corrupt", "restore it from a backup")
         size = shape.size if shape.format is ImageFormat.VHD_FIXED else info.virtual_size
