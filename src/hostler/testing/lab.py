@@ -161,6 +161,10 @@ class Lab:
         """The bridge that joins the hosts' links, in the namespace of whoever runs the lab."""
         return f"hlab{self._number}"
 
+    def address(self, number: int) -> str:
+        """An address of the lab's network: hosts have 1 and up, 100 to 199 are free for guests. Needs `isolated`."""
+        return SUBNET.format(lab=self._number, host=number)
+
     def __enter__(self) -> Self:
         if self.isolated:
             self._remove_network()
