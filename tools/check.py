@@ -113,7 +113,10 @@ def lint(env: dict[str, str]) -> list[Result]:
         "ruff check": [str(bin_dir / "ruff"), "check", *CODE],
         "ruff format": [str(bin_dir / "ruff"), "format", "--check", *CODE],
         "mypy": [str(bin_dir / "mypy")],
-        "mypy tools": [str(bin_dir / "mypy"), *map(str, sorted((ROOT / "tools").glob("*.py")))],
+        "mypy tools, bench": [
+            str(bin_dir / "mypy"),
+            *(str(p) for d in ("tools", "bench") for p in (ROOT / d).rglob("*.py")),
+        ],
         "import contracts": [str(bin_dir / "lint-imports"), "--no-cache"],
     }
     if shutil.which("shellcheck"):
