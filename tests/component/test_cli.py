@@ -191,10 +191,10 @@ def test_change(run: Run, host: RunningHost) -> None:
 
 def test_delete(run: Run, host: RunningHost) -> None:
     ok(run("vm", "create", "web1", "--disk", "/srv/a"))
-    assert ok(run("vm", "delete", "web1", "--dry-run")) == "would keep /srv/a\n"
-    assert ok(run("vm", "delete", "web1", "--dry-run", "--disks")) == "would remove /srv/a\n"
+    assert ok(run("vm", "delete", "web1", "--dry-run")) == "would delete vm web1\nwould keep /srv/a\n"
+    assert ok(run("vm", "delete", "web1", "--dry-run", "--disks")) == "would delete vm web1\nwould remove /srv/a\n"
     assert host.app.vms.list()
-    assert ok(run("vm", "delete", "web1", "--disks")) == "removed /srv/a\n"
+    assert ok(run("vm", "delete", "web1", "--disks")) == "vm web1 is deleted\nremoved /srv/a\n"
     assert host.app.vms.list() == []
 
 
@@ -214,7 +214,7 @@ def test_screenshot(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_create_with_new_disks(run: Run, host: RunningHost) -> None:
     out = ok(run("vm", "create", "web1", "--new-disk", "20G", "--new-disk", "1G,format=vhdx", "--start"))
-    assert out == "volume web1 is made\nvolume web1-2 is made\nvm web1 is made and started\n"
+    assert out == "volume web1 is made\nvolume web1-2 is made\nvm web1 is made\nvm web1 is running\n"
     assert [disk.source.path for disk in host.app.vms.get("web1").config.disks] == ["web1", "web1-2"]
     assert host.app.volumes.by_name["web1-2"].format == "vhdx"
     assert host.app.vms.get("web1").state is VmState.RUNNING
@@ -291,8 +291,11 @@ def test_volume_commands(run: Run, host: RunningHost) -> None:
     assert "format     qcow2" in ok(run("volume", "inspect", "/x"))
     assert "20 GiB (21474836480 bytes)" in ok(run("volume", "show", "data"))
     assert ok(run("volume", "list", "-q")) == "copy\ndata\nold\n"
-    assert ok(run("volume", "delete", "data", "--dry-run")) == "would remove /volumes/data.vhdx\n"
-    assert ok(run("volume", "delete", "old", "--keep-file")) == "kept /srv/old\n"
+    assert (
+        ok(run("volume", "delete", "data", "--dry-run"))
+        == "would delete volume data\nwould remove /volumes/data.vhdx\n"
+    )
+    assert ok(run("volume", "delete", "old", "--keep-file")) == "volume old is deleted\nkept /srv/old\n"
     ok(run("volume", "delete", "data", "--yes"))
     assert list(host.app.volumes.by_name) == ["copy"]
 
@@ -482,7 +485,7 @@ def test_what_destroys_asks_on_a_terminal(run: Run, host: RunningHost, answer: b
     with on_terminal(host, "vm", "delete", "web1") as (process, fd):
         read_until(fd, b"Delete vm web1? [y/N]:")
         os.write(fd, answer)
-        read_until(fd, b"removed" if left == 0 else b"interrupted")
+        read_until(fd, b"is deleted" if left == 0 else b"interrupted")
         process.wait(PATIENCE)
     assert len(host.app.vms.list()) == left
 

@@ -129,7 +129,7 @@ def test_disks_come_and_go_while_it_runs(alpha: Hostler) -> None:
     assert alpha("disk", "list", "web1", "-q") == "disk0\ndisk1\n"
     assert "data" in alpha("volume", "delete", "data", code=Exit.REFUSED)
     alpha("disk", "remove", "web1", "disk0")
-    assert "removed" in alpha("volume", "delete", "data")
+    assert "removed /" in alpha("volume", "delete", "data")
     assert alpha("volume", "list", "-q") == "web1\n"
 
 

@@ -170,6 +170,8 @@ def test_jobs() -> None:
         "j1  running  vm.migrate  web1    2026-11-24 12:00:05  uid 0  50% copying memory, round 3\n"
         "j2  failed   vm.migrate  0b1c    2026-11-24 12:00:05  uid 0  disk is full"
     )
+    done = JOB.but(state=JobState.DONE, ended=NOON.replace(second=7))
+    assert views.job_progress(one(done)) == "took 2.0 s"
     shown = views.job(one(failed))
     assert facts(shown)["error"] == "vm web1: disk is full"
     assert facts(shown)["advice"] == "make room"
@@ -208,9 +210,9 @@ def test_tokens() -> None:
 
 def test_deletions() -> None:
     found = one(Deleted(id="x", removed=("/a",), kept=("/b",)))
-    assert views.deleted(found, dry_run=True) == "would remove /a\nwould keep /b"
-    assert views.deleted(found, dry_run=False) == "removed /a\nkept /b"
-    assert views.deleted(one(Deleted(id="x")), dry_run=True) == "would remove nothing else"
+    assert views.deleted(found, "vm x", dry_run=True) == "would delete vm x\nwould remove /a\nwould keep /b"
+    assert views.deleted(found, "vm x", dry_run=False) == "vm x is deleted\nremoved /a\nkept /b"
+    assert views.deleted(one(Deleted(id="x")), "vm x", dry_run=True) == "would delete vm x"
 
 
 def test_plans() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from hostler.model.units import format_size
@@ -257,6 +258,9 @@ def job_progress(job: Json) -> str:
     """How far it is, or how it ended, in a few words."""
     if job.get("error"):
         return str(job["error"]["cause"])
+    if job["state"] == "done" and job.get("ended"):
+        took = datetime.fromisoformat(job["ended"]) - datetime.fromisoformat(job["created"])
+        return f"took {took.total_seconds():.1f} s"
     progress = job["progress"]
     words = [f"{progress['fraction']:.0%}"] if progress.get("fraction") is not None else []
     words += [progress["text"]] if progress.get("text") else []
@@ -303,12 +307,12 @@ def tokens(found: Sequence[Json]) -> Table:
     return Table(("NAME", "ROLE", "CREATED", "ID"), rows, states="", empty="no tokens")
 
 
-def deleted(found: Json, *, dry_run: bool) -> str:
+def deleted(found: Json, what: str, *, dry_run: bool) -> str:
     """What went and what stayed."""
-    verb = "would remove" if dry_run else "removed"
-    lines = [f"{verb} {path}" for path in found["removed"]]
+    lines = [f"would delete {what}" if dry_run else f"{what} is deleted"]
+    lines += [f"{'would remove' if dry_run else 'removed'} {path}" for path in found["removed"]]
     lines += [f"{'would keep' if dry_run else 'kept'} {path}" for path in found["kept"]]
-    return "\n".join(lines) or ("would remove nothing else" if dry_run else "removed")
+    return "\n".join(lines)
 
 
 def plan(found: Json, vm: str, to: str) -> str:

@@ -93,4 +93,4 @@ def delete(settings: Settings, vm: str, disks: bool, dry_run: bool, yes: bool) -
     if not dry_run:
         output.confirm(settings, f"Delete vm {vm}{' and its disks' if disks else ''}?", yes)
     content = settings.client.raw(calls.vm_delete(vm, disks=disks, dry_run=dry_run))
-    output.show(settings, content, lambda found: views.deleted(found, dry_run=dry_run))
+    output.show(settings, content, lambda found: views.deleted(found, f"vm {vm}", dry_run=dry_run))

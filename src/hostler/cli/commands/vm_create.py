@@ -89,9 +89,12 @@ def create(settings: Settings, /, name: str, start: bool, dry_run: bool, wait: b
         whole = type(request)(**{**fields, "disks": (*request.disks, *added)}) if added else request
         content = settings.client.raw(calls.vm_create(whole))
         undo.pop_all()
+    output.say(settings, f"vm {name} is made")
     if start:
         content = _start(settings, name, wait)
-    output.show_or_say(settings, content, f"vm {name} is made" + (" and started" if start else ""))
+        output.say(settings, f"vm {name} is {'running' if wait else 'starting'}")
+    if settings.json:
+        output.print_json(content)
     return Exit.OK
 
 
