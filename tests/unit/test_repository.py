@@ -26,6 +26,7 @@ PROGRAMS = {
     "getfacl": "acl",
     "ip": "iproute2",
     "losetup": "mount",
+    "mkfs.ext4": "e2fsprogs",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
