@@ -273,9 +273,8 @@ async def test_a_pause_is_measured_from_outside() -> None:
         there.mkdir()
         async with PauseMeter.beats() as beats:
             cmdline = kept.with_network("10.0.2.15/24", "10.0.2.2", f"10.0.2.2:{beats.port}:2")
-            forward = f"hostfwd=udp:127.0.0.1:{udp}-:7007,hostfwd=tcp:127.0.0.1:{tcp}-:7008"
-            argv = qemu_raw.command_line(here, kept, 256, cmdline)
-            argv = [word.replace("user,id=net0", f"user,id=net0,{forward}") for word in argv]
+            network = f"user,hostfwd=udp:127.0.0.1:{udp}-:7007,hostfwd=tcp:127.0.0.1:{tcp}-:7008"
+            argv = qemu_raw.command_line(here, kept, 256, cmdline, network=network)
             async with await RawQemu.start(argv, here / "qmp.sock") as source:
                 await beats.hearing(deadline=90)
                 for port, stream in ((udp, False), (tcp, True)):

@@ -29,12 +29,12 @@ def test_a_hole_is_found_with_its_place() -> None:
 def test_a_guest_that_never_came_back_is_silent_until_the_end() -> None:
     report = summarise([sign(0, 0), sign(1, 2)], 500, end=1000 * MS)
     assert (report.longest_gap, report.gaps[0].after) == (998, -1)
-    assert report.lost == 498
+    assert report.lost == report.pending == 498
 
 
 def test_a_guest_never_heard_is_not_called_continuous() -> None:
     report = summarise([], 10, end=5)
-    assert (report.continuous, report.lost, report.longest_gap) == (False, 10, 0)
+    assert (report.continuous, report.lost, report.pending, report.longest_gap) == (False, 10, 10, 0)
 
 
 def test_lost_twice_and_out_of_order_are_counted_apart() -> None:

@@ -23,19 +23,28 @@ DEADLINE = 30.0
 
 
 class PauseMeter:
-    """One measuring process. `port` is where it hears beats."""
+    """One measuring process. `port` is where it hears beats; `prefix` a command that starts others ("ip netns exec
+    NAME"), for a place in another network."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], prefix: Sequence[str] = ()) -> None:
         self._arguments = arguments
+        self._prefix = prefix
         self._process: asyncio.subprocess.Process
         self._heard: set[int] = set()
         self.port = 0
 
     @classmethod
-    def echo(cls, address: str, interval_ms: float = 2, tcp: bool = False, port: int | None = None) -> Self:
+    def echo(
+        cls,
+        address: str,
+        interval_ms: float = 2,
+        tcp: bool = False,
+        port: int | None = None,
+        prefix: Sequence[str] = (),
+    ) -> Self:
         """Ask a guest that has an address; `port` where it is reached through another than its own."""
         at = ["--port", str(port)] if port else []
-        return cls([address, "--interval", str(interval_ms), *at, *(["--tcp"] if tcp else [])])
+        return cls([address, "--interval", str(interval_ms), *at, *(["--tcp"] if tcp else [])], prefix)
 
     @classmethod
     def beats(cls, port: int = 0, host: str = "127.0.0.1") -> Self:
@@ -49,6 +58,7 @@ class PauseMeter:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
+            *self._prefix,
             *(sys.executable, "-m", "hostler.testing.pausemeter", "--json", *self._arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

@@ -44,12 +44,14 @@ class Hole:
 @dataclass(frozen=True, slots=True)
 class PauseReport:
     """`longest_gap` is the longest time without a sign of life, the silence at the end included. `lost` and
-    `reordered` count sequence numbers; `went_back` counts signs of an earlier state than one already seen (a copy of
+    `reordered` count sequence numbers; `pending` are the lost ones after the last that was heard, whose answer may have
+    been under way; `went_back` counts signs of an earlier state than one already seen (a copy of
     the guest, or a restored one); more than one of `boots` is a reboot."""
 
     sent: int
     received: int
     lost: int
+    pending: int
     duplicates: int
     reordered: int
     went_back: int
@@ -79,6 +81,7 @@ def summarise(arrivals: Sequence[Arrival], sent: int | None, end: int) -> PauseR
         sent=made,
         received=len(fresh),
         lost=made - len(fresh),
+        pending=sent - 1 - max(numbers, default=-1) if sent is not None else 0,
         duplicates=len(arrivals) - len(fresh),
         reordered=sum(b < a for a, b in pairwise(numbers)),
         went_back=_went_back(fresh),

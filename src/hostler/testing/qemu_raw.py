@@ -28,10 +28,10 @@ BINARY = "qemu-system-x86_64"
 
 
 def command_line(
-    place: Path, guest: MicroGuest, memory_mib: int, cmdline: str = "", incoming: bool = False
+    place: Path, guest: MicroGuest, memory_mib: int, cmdline: str = "", incoming: bool = False, network: str = "user"
 ) -> list[str]:
     """A small q35 machine with the micro guest: `qmp.sock`, `serial.sock` and `qga.sock` in `place`, one virtio-scsi
-    controller "scsi0", one network adapter behind QEMU's own NAT."""
+    controller "scsi0", one network adapter, by default behind QEMU's own NAT."""
     return [
         BINARY,
         *("-nodefaults", "-no-user-config", "-display", "none", "-M", "q35", "-accel", "tcg,thread=multi"),
@@ -41,7 +41,7 @@ def command_line(
         *("-chardev", f"socket,id=serial,path={place}/serial.sock,server=on,wait=off", "-serial", "chardev:serial"),
         *("-chardev", f"socket,id=agent,path={place}/qga.sock,server=on,wait=off"),
         *("-object", "iothread,id=io0", "-device", "virtio-scsi-pci,id=scsi0,iothread=io0,addr=2"),
-        *("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,addr=3,romfile="),
+        *("-netdev", f"{network},id=net0", "-device", "virtio-net-pci,netdev=net0,addr=3,romfile="),
         *("-device", "virtio-serial-pci,id=ports,addr=4"),
         *("-device", "virtserialport,bus=ports.0,chardev=agent,name=org.qemu.guest_agent.0"),
         *(("-incoming", "defer") if incoming else ()),
