@@ -35,7 +35,6 @@ PROGRAMS = {
     "setfacl": "acl",
     "shellcheck": "shellcheck",
     "swtpm": "swtpm",
-    "swtpm_setup": "swtpm-tools",
     "virsh": "libvirt-clients",
     "libvirtd": "libvirt-daemon-system",
 }
@@ -60,7 +59,7 @@ OF_THE_BASE_SYSTEM = {
 OF_THE_ENVIRONMENT = {"hostler", "hostlerd", "uv"}
 """Programs of the Python environment, and what only a maintainer uses."""
 
-FILES_ONLY = {"python3", "python3-venv", "ovmf", "linux-image-cloud-amd64", "libc6-dev", "swtpm-tools", "swtpm"}
+FILES_ONLY = {"python3", "python3-venv", "ovmf", "linux-image-cloud-amd64", "libc6-dev"}
 """Packages of which the code uses files, or which a program of another package calls."""
 
 
