@@ -44,14 +44,12 @@ class Hole:
 @dataclass(frozen=True, slots=True)
 class PauseReport:
     """`longest_gap` is the longest time without a sign of life, the silence at the end included. `lost` and
-    `reordered` count sequence numbers; `pending` are the lost ones after the last that was heard, whose answer may have
-    been under way; `went_back` counts signs of an earlier state than one already seen (a copy of
+    `reordered` count sequence numbers; `went_back` counts signs of an earlier state than one already seen (a copy of
     the guest, or a restored one); more than one of `boots` is a reboot."""
 
     sent: int
     received: int
     lost: int
-    pending: int
     duplicates: int
     reordered: int
     went_back: int
@@ -63,6 +61,8 @@ class PauseReport:
     """Longest step of the guest's own clock between two signs."""
     rtt: dict[str, float]
     """Round trip: p50, p90, p99, max; empty where nothing was asked."""
+    pending: int = 0
+    """Those of `lost` after the last that was heard: their answers may have been under way."""
 
     @property
     def continuous(self) -> bool:
@@ -81,7 +81,6 @@ def summarise(arrivals: Sequence[Arrival], sent: int | None, end: int) -> PauseR
         sent=made,
         received=len(fresh),
         lost=made - len(fresh),
-        pending=sent - 1 - max(numbers, default=-1) if sent is not None else 0,
         duplicates=len(arrivals) - len(fresh),
         reordered=sum(b < a for a, b in pairwise(numbers)),
         went_back=_went_back(fresh),
@@ -91,6 +90,7 @@ def summarise(arrivals: Sequence[Arrival], sent: int | None, end: int) -> PauseR
         gaps=tuple(sorted(holes, key=lambda hole: -hole.ms)[:LISTED]),
         guest_gap=max(((b.clock - a.clock) / NS_PER_MS for a, b in pairwise(fresh)), default=0.0),
         rtt=_percentiles([(a.at - a.sent) / NS_PER_MS for a in fresh if a.sent is not None]),
+        pending=sent - 1 - max(numbers, default=-1) if sent is not None else 0,
     )
 
 
