@@ -479,6 +479,17 @@ def test_one_ctrl_c_does_not_cancel_a_move(run: Run, host: RunningHost) -> None:
     assert host.job().state is JobState.RUNNING
 
 
+def test_ctrl_c_while_a_disk_is_made_cancels_that_and_makes_no_vm(run: Run, host: RunningHost) -> None:
+    host.app.jobs.held = True
+    with on_terminal(host, "vm", "create", "web1", "--new-disk", "1G") as (process, fd):
+        read_until(fd, b"volume.create")
+        process.send_signal(signal.SIGINT)
+        read_until(fd, b"interrupted")
+        assert process.wait(PATIENCE) == Exit.INTERRUPTED
+    assert host.job().state is JobState.CANCELLED
+    assert (host.app.vms.list(), host.app.volumes.by_name) == ([], {})
+
+
 @pytest.mark.parametrize(("answer", "left"), [(b"n\n", 1), (b"y\n", 0)])
 def test_what_destroys_asks_on_a_terminal(run: Run, host: RunningHost, answer: bytes, left: int) -> None:
     ok(run("vm", "create", "web1"))

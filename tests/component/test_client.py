@@ -210,8 +210,9 @@ class Silent:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            if connection.recv(65536):
-                self.received.set()
+            with contextlib.suppress(ConnectionError):
+                if connection.recv(65536):
+                    self.received.set()
             if self._hang_up:
                 connection.close()
             else:
@@ -506,7 +507,7 @@ class Guest:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            with connection:
+            with connection, contextlib.suppress(ConnectionError):
                 while (data := connection.recv(4096)) and data != b"bye":
                     connection.sendall(data.upper())
 

@@ -80,9 +80,9 @@ def hint(text: str) -> None:
     click.echo(text, err=True)
 
 
-def confirm(settings: Settings, question: str, yes: bool) -> None:
+def confirm(question: str, yes: bool) -> None:
     """Asks a person before something is lost; a script has said what it wants. click.Abort for "no"."""
-    if not yes and not settings.json and sys.stdin.isatty():
+    if not yes and sys.stdin.isatty():
         click.confirm(question, abort=True, err=True)
 
 

@@ -19,6 +19,7 @@ from hostler.cli.output import hint, print_json, say
 from hostler.cli.settings import Settings
 from hostler.cli.views import Json
 from hostler.client import calls
+from hostler.model.errors import PeerUnreachable
 
 if TYPE_CHECKING:
     from hostler.client.calls import Call
@@ -29,14 +30,13 @@ LONG_POLL = 20.0
 """Seconds one request waits when nobody watches the progress."""
 SHORT_POLL = 0.5
 """Seconds between two looks at the progress."""
+RESTART = 15.0
+"""Seconds in which a daemon that went away while a job was watched may come back."""
+RETRY = 0.3
 SECOND_CHANCE = 3.0
 """Seconds in which a second Ctrl-C means: cancel."""
 
 Line = Callable[[Json], str]
-
-
-class Interrupted(Exception):
-    """The person has stopped waiting."""
 
 
 def run_job(
@@ -110,8 +110,23 @@ class Follower:
         return self.job["state"] in ENDED
 
     def _look(self, wait: float) -> None:
-        self.content = self._settings.client.raw(calls.job(self.job["id"], wait=wait))
+        call = calls.job(self.job["id"], wait=wait)
+        try:
+            self.content = self._settings.client.raw(call)
+        except PeerUnreachable:
+            self.content = self._when_back(call)
         self.job = json.loads(self.content)
+
+    def _when_back(self, call: Call[Job]) -> bytes:
+        """The answer after a restart of the daemon, which takes up its jobs again."""
+        end = time.monotonic() + RESTART
+        while True:
+            time.sleep(RETRY)
+            try:
+                return self._settings.client.raw(call)
+            except PeerUnreachable:
+                if time.monotonic() > end:
+                    raise
 
 
 def _cancelled_by_second(settings: Settings, follower: Follower) -> bool:

@@ -56,7 +56,8 @@ def list_(settings: Settings, vm: str) -> None:
 @options.WAIT
 @click.pass_obj
 def add(settings: Settings, /, vm: str, new: int | None, dry_run: bool, wait: bool, **given: Any) -> int:
-    """Attach a disk to a VM, which may run.
+    """Attach a disk to a VM, which may run. With --new the command always waits: the volume is removed again if it
+    cannot be attached.
 
     \b
     hostler disk add web1 --volume data

@@ -81,5 +81,5 @@ def join_(settings: Settings, invitation: str | None) -> None:
 @click.pass_obj
 def remove_(settings: Settings, host: str, yes: bool) -> None:
     """End the trust between this host and another."""
-    output.confirm(settings, f"End the trust in host {host}?", yes)
+    output.confirm(f"End the trust in host {host}?", yes)
     output.show_or_say(settings, settings.client.raw(calls.host_remove(host)), f"host {host} is no longer trusted")

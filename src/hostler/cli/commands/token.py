@@ -50,5 +50,5 @@ def _secret(found: Json) -> str:
 @click.pass_obj
 def revoke_(settings: Settings, token: str, yes: bool) -> None:
     """Make a token worthless, at once."""
-    output.confirm(settings, f"Revoke token {token}?", yes)
+    output.confirm(f"Revoke token {token}?", yes)
     output.show_or_say(settings, settings.client.raw(calls.token_revoke(token)), f"token {token} is revoked")

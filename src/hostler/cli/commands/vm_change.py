@@ -91,6 +91,6 @@ def _current(settings: Settings, vm: str, part: str) -> dict[str, Any]:
 def delete(settings: Settings, vm: str, disks: bool, dry_run: bool, yes: bool) -> None:
     """Delete a VM that is off. Its disks are kept, unless --disks is given."""
     if not dry_run:
-        output.confirm(settings, f"Delete vm {vm}{' and its disks' if disks else ''}?", yes)
+        output.confirm(f"Delete vm {vm}{' and its disks' if disks else ''}?", yes)
     content = settings.client.raw(calls.vm_delete(vm, disks=disks, dry_run=dry_run))
     output.show(settings, content, lambda found: views.deleted(found, f"vm {vm}", dry_run=dry_run))

@@ -67,7 +67,7 @@ def restore(settings: Settings, vm: str, wait: bool) -> int:
 @click.pass_obj
 def discard_saved(settings: Settings, vm: str, wait: bool, yes: bool) -> int:
     """Throw a saved state away, as if the power had failed; the VM is off."""
-    output.confirm(settings, f"Throw away the saved state of vm {vm}?", yes)
+    output.confirm(f"Throw away the saved state of vm {vm}?", yes)
     return _act(settings, vm, "discard-saved", wait, "is off")
 
 

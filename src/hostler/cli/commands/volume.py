@@ -121,6 +121,6 @@ def delete_(settings: Settings, volume: str, keep_file: bool, dry_run: bool, yes
     """Delete a volume and its file. One that a VM uses is refused."""
     if not dry_run:
         question = f"Forget volume {volume}, keeping its file?" if keep_file else f"Delete volume {volume} for good?"
-        output.confirm(settings, question, yes)
+        output.confirm(question, yes)
     content = settings.client.raw(calls.volume_delete(volume, keep_file=keep_file, dry_run=dry_run))
     output.show(settings, content, lambda found: views.deleted(found, f"volume {volume}", dry_run=dry_run))
