@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
 from hostler.model.disk import Disk
 from hostler.model.errors import GuestRefused, HostlerError, QemuFailed, TimedOut
@@ -155,6 +156,38 @@ async def test_something_else_at_the_socket(place: Path) -> None:
     async with server:
         with pytest.raises(QemuFailed):
             await QmpSession.connect(f"{place}/x.sock", deadline=WAIT)
+
+
+async def test_a_link_to_another_monitor_is_not_followed(fake: FakeQmp, place: Path) -> None:
+    (place / "link.sock").symlink_to(fake.path)
+    (place / "file.sock").write_text("")
+    for name in ("link.sock", "file.sock"):
+        with pytest.raises(QemuFailed, match=r"not a socket|non-socket"):
+            await QmpSession.connect(f"{place}/{name}", deadline=WAIT)
+
+
+@pytest.mark.parametrize("answer", [None, 3, "x", [], ["x"], {}, {"status": []}, [{"x": 1}]])
+async def test_a_qemu_that_answers_nonsense(
+    session: QmpSession, monkeypatch: pytest.MonkeyPatch, answer: JsonValue
+) -> None:
+    async def execute(*_: object, **__: object) -> JsonValue:
+        return answer
+
+    monkeypatch.setattr(session, "execute", execute)
+    asked = (
+        commands.query_status,
+        commands.peripherals,
+        commands.block_nodes,
+        hotplug.io_failed,
+        commands.query_migrate,
+    )
+    for ask in asked:
+        try:
+            await ask(session)
+        except QemuFailed as error:
+            assert "not understood" in error.cause
+    with pytest.raises(QemuFailed):
+        await commands.query_status(session)
 
 
 # disks

@@ -5,7 +5,8 @@ All raise what `QmpSession.execute` raises. Names and shapes are those of QEMU's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 from pydantic import JsonValue
@@ -23,10 +24,23 @@ PERIPHERALS = "/machine/peripheral"
 """Where in QOM the devices with an id are."""
 
 
+@contextmanager
+def understood(qmp: QmpSession, command: str) -> Iterator[None]:
+    """QemuFailed when the answer to a command has not the shape it must have: QEMU may have been taken over by its
+    guest, and may be newer than we are."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise QemuFailed(
+            qmp.name, f"QEMU's answer to {command} is not understood", command=command, reason=repr(error)[:200]
+        ) from error
+
+
 async def query_status(qmp: QmpSession, deadline: float = COMMAND_DEADLINE) -> RunStatus:
     """The run state."""
     info = cast(dict[str, JsonValue], await qmp.execute("query-status", deadline=deadline))
-    return RunStatus(str(info["status"]))
+    with understood(qmp, "query-status"):
+        return RunStatus(str(info["status"]))
 
 
 async def cont(qmp: QmpSession) -> None:
@@ -87,18 +101,24 @@ async def device_del(qmp: QmpSession, device: str) -> None:
 async def peripherals(qmp: QmpSession) -> frozenset[str]:
     """Ids of all devices that have one."""
     listed = cast(Sequence[Options], await qmp.execute("qom-list", {"path": PERIPHERALS}))
-    return frozenset(str(item["name"]) for item in listed if str(item["type"]).startswith("child<"))
+    with understood(qmp, "qom-list"):
+        return frozenset(str(item["name"]) for item in listed if str(item["type"]).startswith("child<"))
 
 
-async def query_block(qmp: QmpSession) -> Sequence[Options]:
-    """Every device with a block graph: `qdev`, `io-status`, `inserted`."""
-    return cast(Sequence[Options], await qmp.execute("query-block", deadline=BLOCK_DEADLINE))
+async def io_statuses(qmp: QmpSession) -> dict[str, str]:
+    """Device id to io-status, "ok" where all is well, for every device with a block graph."""
+    devices = cast(Sequence[Options], await qmp.execute("query-block", deadline=BLOCK_DEADLINE))
+    with understood(qmp, "query-block"):
+        # qdev is the id, or the QOM path of what is behind the id (CD drives).
+        found = ((str(d.get("qdev", "")), str(d.get("io-status", "ok"))) for d in devices)
+        return {qdev.removeprefix(f"{PERIPHERALS}/").split("/")[0]: status for qdev, status in found if qdev}
 
 
 async def block_nodes(qmp: QmpSession) -> dict[str, str]:
     """Names of all block nodes, with the file name of each."""
     nodes = cast(Sequence[Options], await qmp.execute("query-named-block-nodes", {"flat": True}))
-    return {str(node["node-name"]): str(node["file"]) for node in nodes}
+    with understood(qmp, "query-named-block-nodes"):
+        return {str(node["node-name"]): str(node["file"]) for node in nodes}
 
 
 async def object_add(qmp: QmpSession, options: Options) -> None:
@@ -159,4 +179,6 @@ async def migrate_set_parameters(qmp: QmpSession, parameters: Options) -> None:
 
 async def query_migrate(qmp: QmpSession, deadline: float = COMMAND_DEADLINE) -> Options:
     """MigrationInfo: empty when there never was a migration."""
-    return cast(Options, await qmp.execute("query-migrate", deadline=deadline))
+    info = await qmp.execute("query-migrate", deadline=deadline)
+    with understood(qmp, "query-migrate"):
+        return dict(cast(Options, info))

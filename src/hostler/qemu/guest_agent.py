@@ -18,6 +18,7 @@ from typing import Final
 from pydantic import JsonValue
 
 from hostler.model.errors import GuestRefused
+from hostler.qemu.connector import connect_to
 
 DEADLINE: Final = 2.0
 """Seconds the agent may take to answer."""
@@ -68,7 +69,7 @@ class GuestAgent:
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
             async with asyncio.timeout(DEADLINE):
-                return await asyncio.open_unix_connection(self._path, limit=_LIMIT)
+                return await asyncio.open_unix_connection(sock=connect_to(self._path), limit=_LIMIT)
         except OSError as error:  # TimeoutError is one
             raise self._nobody() from error
 

@@ -173,14 +173,8 @@ async def attached_disks(qmp: QmpSession) -> frozenset[str]:
 
 async def io_failed(qmp: QmpSession) -> dict[str, str]:
     """Disk id to io-status for the disks whose last I/O failed."""
-    failed: dict[str, str] = {}
-    for device in await commands.query_block(qmp):
-        # qdev is the id, or the QOM path of what is behind the id (CD drives, floppies).
-        disk_id = blockdev.disk_id(str(device.get("qdev", "")).removeprefix(f"{commands.PERIPHERALS}/").split("/")[0])
-        status = str(device.get("io-status", "ok"))
-        if disk_id is not None and status != "ok":
-            failed[disk_id] = status
-    return failed
+    found = ((blockdev.disk_id(device), status) for device, status in (await commands.io_statuses(qmp)).items())
+    return {disk_id: status for disk_id, status in found if disk_id is not None and status != "ok"}
 
 
 def _explained(disk: Disk, error: QemuFailed) -> HostlerError:

@@ -205,12 +205,7 @@ class QemuHypervisor:
         """Start QEMU and connect. InUse, NotFound, BadImage, ... where its output names an image; else QemuFailed with
         `output`; nothing of it is left then."""
         name = f"vm {spec.config.name}"
-        try:
-            started = await launch(spec, self._facts)
-        except asyncio.CancelledError:
-            # It is cancelled only after its last step; a QEMU that ran before is refused before its first await.
-            await self.kill_leftovers(spec.config.id, spec.run_dir)
-            raise
+        started = await launch(spec, self._facts)
         try:
             qmp = await _connect(name, started, START_DEADLINE)
             return QemuMachine(spec.config.id, name, started, qmp, aio_for(self._facts), incoming=spec.incoming)

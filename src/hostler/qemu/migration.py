@@ -110,7 +110,7 @@ class Migrator:
 
     async def state(self) -> MigrationProgress:
         """See `Machine.migration_state`."""
-        return progress_of(await commands.query_migrate(self._qmp))
+        return await _progress(self._qmp)
 
     async def send(
         self, start: Callable[[], Awaitable[None]], on_progress: OnProgress, wire: socket.socket | None = None
@@ -127,7 +127,8 @@ class Migrator:
                 await commands.migrate_cancel(self._qmp)
             raise
         info = await commands.query_migrate(self._qmp)
-        return result_of(info, end, follow.reason if end is not MigrationEnd.COMPLETED else "")
+        with commands.understood(self._qmp, "query-migrate"):
+            return result_of(info, end, follow.reason if end is not MigrationEnd.COMPLETED else "")
 
     async def set_up(self, capabilities: dict[str, bool], settings: MigrationSettings) -> None:
         """Set every capability and parameter Hostler uses: those in `capabilities`, and all others off."""
@@ -169,7 +170,7 @@ class Migrator:
         addresses = (await commands.query_migrate(self._qmp)).get("socket-address")
         if not isinstance(addresses, list) or not addresses or not isinstance(addresses[0], dict):
             return None
-        return str(addresses[0]["port"])
+        return str(addresses[0].get("port"))
 
     async def _send_by_socket(self, address: str, on_progress: OnProgress) -> MigrationResult:
         with await _connect(self._qmp.name, address) as wire:
@@ -186,6 +187,12 @@ class Migrator:
             await commands.closefd(self._qmp, _FD)
             await self.set_up({}, MigrationSettings())
             await commands.object_del(self._qmp, _TLS)
+
+
+async def _progress(qmp: QmpSession) -> MigrationProgress:
+    info = await commands.query_migrate(qmp)
+    with commands.understood(qmp, "query-migrate"):
+        return progress_of(info)
 
 
 async def go_on(qmp: QmpSession) -> None:
@@ -231,7 +238,7 @@ class _Follow:
 
     async def _read(self) -> MigrationProgress | None:
         try:
-            progress = progress_of(await commands.query_migrate(self._qmp))
+            progress = await _progress(self._qmp)
         except TimedOut:
             if self._clock() - self._answered > UNANSWERED:
                 self._cut()

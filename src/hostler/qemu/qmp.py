@@ -21,6 +21,7 @@ from qemu.qmp.events import EventListener
 
 from hostler.model.errors import HostlerError, QemuFailed, TimedOut
 from hostler.model.machine import MachineEvent
+from hostler.qemu.connector import connect_to
 
 # Everything the library logs reaches us as an exception too; left on, each death of a QEMU would print its traceback.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -242,19 +243,12 @@ def _nothing(_event: Message) -> bool:
 
 async def _open(path: str, name: str, alive: Callable[[], bool]) -> socket.socket:
     """A socket connected to `path`, as soon as somebody listens there."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    try:
-        while True:
-            with suppress(FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-                sock.connect(path)
-                return sock
-            if not alive():
-                raise QemuFailed(name, "QEMU ended before it answered", gone=True)
-            await asyncio.sleep(CONNECT_PAUSE)
-    except BaseException:
-        sock.close()
-        raise
+    while True:
+        with suppress(FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            return connect_to(path)
+        if not alive():
+            raise QemuFailed(name, "QEMU ended before it answered", gone=True)
+        await asyncio.sleep(CONNECT_PAUSE)
 
 
 async def _greet(sock: socket.socket) -> QMPClient:
