@@ -241,7 +241,10 @@ async def test_register_takes_the_format_from_content(volumes: VolumeService, tm
     for format in ImageFormat:
         path = tmp_path / f"{format}.img"
         await QemuImg().create(str(path), format, 4 * MiB)
-        known = await volumes.register(str(format), str(path))
+        if format is ImageFormat.RAW:
+            with pytest.raises(InvalidInput, match="no header"):
+                await volumes.register("raw", str(path))
+        known = await volumes.register(str(format), str(path), ImageFormat.RAW if format is ImageFormat.RAW else None)
         assert (known.format, known.size, known.path) == (format, 4 * MiB, str(path))
     with pytest.raises(AlreadyExists, match="volume 'vhdx'"):
         await volumes.register("x", str(tmp_path / "vhdx.img"), ImageFormat.QCOW2)
@@ -367,9 +370,9 @@ async def test_a_claimed_volume_is_not_deleted(volumes: VolumeService, store: Sq
             with pytest.raises(InUse, match="VM vm1"):
                 await volumes.delete("a", keep_file)
         await book.release("vm1")
-    assert await left(volumes, where) == (["a"], ["a.vhdx"])
+    assert await left(volumes, where) == (["a"], ["a.qcow2"])
     await volumes.delete("a", keep_file=True)
-    assert await left(volumes, where) == ([], ["a.vhdx"])
+    assert await left(volumes, where) == ([], ["a.qcow2"])
     assert await store.list("") == []
 
 
@@ -378,7 +381,7 @@ async def test_a_volume_that_a_vm_writes_is_not_copied(volumes: VolumeService, s
     await ClaimBook(store).claim("vm1", [disk(made.path)], 1)
     with pytest.raises(InUse):
         await volumes.create_from("b", "a")
-    assert await left(volumes, where) == (["a"], ["a.vhdx"])
+    assert await left(volumes, where) == (["a"], ["a.qcow2"])
 
 
 async def test_claiming_and_deleting_at_once_have_one_winner(volumes: VolumeService, store: SqliteStore) -> None:

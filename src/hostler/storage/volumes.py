@@ -55,7 +55,7 @@ class VolumeService:
     # making
 
     async def create(
-        self, name: str, size: int, format: ImageFormat = ImageFormat.VHDX, path: str | None = None
+        self, name: str, size: int, format: ImageFormat = ImageFormat.QCOW2, path: str | None = None
     ) -> Volume:
         """A new empty volume of exactly `size` bytes. InvalidInput, LimitExceeded, AlreadyExists, NoSpace, NotFound
         (the directory), NotPermitted; nothing is left of it on failure or cancellation."""
@@ -97,10 +97,14 @@ class VolumeService:
             return await self._complete(undo, row)
 
     async def register(self, name: str, path: str, format: ImageFormat | None = None) -> Volume:
-        """Make an existing image known. Its format is told from its content now and holds ever after; raw for a file
-        that looks like something else has to be said. BadImage, NotFound, InvalidInput, AlreadyExists."""
+        """Make an existing image known. Its format is told from its content now and holds ever after; only raw has to
+        be said, for what looks like nothing may as well be damaged. BadImage, NotFound, InvalidInput, AlreadyExists."""
         check_name("volume", name)
         seen = await self.inspect(path, format)
+        if seen.format is ImageFormat.RAW and format is None:
+            raise InvalidInput(
+                f"volume {path}", "has no header of a known image format", "if it is a raw image, say so: format=raw"
+            )
         volume = seen.but(name=name, path=os.path.realpath(path), created=utc_now())
         await whole(self._catalogue.add(volume), self._forget)
         return volume
