@@ -20,7 +20,7 @@ import pytest
 from hostler.model.disk import Disk, DiskSource, ImageFormat
 from hostler.model.errors import BadImage, HostLacks, InUse, InvalidInput, NotFound, NotPermitted, QemuFailed
 from hostler.model.units import MiB
-from hostler.storage.export_process import find_process
+from hostler.storage.export_process import find_all, find_process
 from hostler.storage.exports import Exports
 from hostler.storage.qemu_img import QemuImg
 from hostler.storage.qmp import QmpGone, conversation
@@ -229,14 +229,14 @@ async def test_another_daemon_finds_and_uses_what_the_first_one_started(here: Pa
     disk = await make(here, ImageFormat.VHDX)
     directory = run_dir(here, "vm")
     socket = await exports.start(directory, disk)
-    pid = await find_process(f"{directory}/x-{disk.id}.qmp")
+    pid = find_process(f"{directory}/x-{disk.id}.qmp")
     assert pid is not None
     assert os.getsid(pid) != os.getsid(0)
     another = Exports()
     assert await another.find(directory) == (disk.id,)
     assert await another.serves(directory, disk.id) == "image"
     assert await another.start(directory, disk) == socket
-    assert await find_process(f"{directory}/x-{disk.id}.qmp") == pid
+    assert find_process(f"{directory}/x-{disk.id}.qmp") == pid
     await another.stop(directory, disk.id)
     assert await exports.find(directory) == ()
 
@@ -257,11 +257,11 @@ async def test_a_killed_process_is_replaced_and_its_client_goes_on(here: Path, e
 
 async def kill(directory: str, disk: Disk) -> None:
     control = f"{directory}/x-{disk.id}.qmp"
-    pid = await find_process(control)
+    pid = find_process(control)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(30):
-        while await find_process(control) is not None:  # noqa: ASYNC110 - another process' end
+        while find_process(control) is not None:  # noqa: ASYNC110 - another process' end
             await asyncio.sleep(0.01)
 
 
@@ -271,7 +271,7 @@ async def test_a_stopped_process_is_ended_all_the_same(
     disk = await make(here, ImageFormat.VHD)
     directory = run_dir(here, "vm")
     await exports.start(directory, disk)
-    pid = await find_process(f"{directory}/x-{disk.id}.qmp")
+    pid = find_process(f"{directory}/x-{disk.id}.qmp")
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     monkeypatch.setattr("hostler.storage.export_process.GRACE", 0.2)
@@ -280,7 +280,7 @@ async def test_a_stopped_process_is_ended_all_the_same(
         async with conversation(f"{directory}/x-{disk.id}.qmp"):
             pass
     await exports.stop(directory, disk.id)
-    assert await find_process(f"{directory}/x-{disk.id}.qmp") is None
+    assert find_process(f"{directory}/x-{disk.id}.qmp") is None
 
 
 async def test_a_file_that_claims_another_process_ends_nobody(here: Path, exports: Exports) -> None:
@@ -302,6 +302,45 @@ async def test_a_vhdx_left_by_a_crash_is_repaired_when_it_is_opened_for_writing(
     assert os.listdir(here / "reader") == []
     socket = await exports.start(run_dir(here, "vm"), disk)
     assert "wrote" in qemu_io(socket, "write -P 1 0 64k")
+
+
+async def test_a_process_whose_sockets_were_removed_is_still_ended(here: Path, exports: Exports) -> None:
+    disk = await make(here, ImageFormat.VHDX)
+    directory, other = run_dir(here, "vm,1"), run_dir(here, "vm,12")
+    await exports.start(directory, disk)
+    await exports.start(other, disk.but(id="scsi0-1", read_only=True, source=await another(here)))
+    for name in os.listdir(directory):
+        os.unlink(f"{directory}/{name}")
+    assert await exports.find(directory) == ()
+    await exports.stop_all(directory)
+    assert find_all(directory) == {}
+    assert await exports.find(other) == ("scsi0-1",)
+    await exports.start(directory, disk)
+    await exports.stop_all(directory)
+    assert os.listdir(directory) == []
+
+
+async def another(here: Path) -> DiskSource:
+    path = str(here / "another.vhd")
+    await QemuImg().create(path, ImageFormat.VHD, SIZE)
+    return DiskSource(path=path, format=ImageFormat.VHD, size=SIZE)
+
+
+async def test_a_link_to_another_vms_socket_leads_nowhere(here: Path, exports: Exports) -> None:
+    """The VM's user may put one into its own run directory."""
+    disk = await make(here, ImageFormat.VHDX)
+    victim, attacker = run_dir(here, "victim"), run_dir(here, "attacker")
+    await exports.start(victim, disk)
+    os.symlink(f"{victim}/x-{disk.id}.qmp", f"{attacker}/x-{disk.id}.qmp")
+    assert await exports.find(attacker) == ()
+    with pytest.raises(QemuFailed):
+        await exports.open_image(attacker, disk)
+    await exports.close_image(attacker, disk)
+    await exports.stop(attacker, disk.id)
+    assert await exports.serves(victim, disk.id) == "image"
+    with pytest.raises(QmpGone, match="another process"):
+        async with conversation(f"{victim}/x-{disk.id}.qmp", os.getpid()):
+            pass
 
 
 async def test_an_image_of_another_size_is_not_served(here: Path, exports: Exports) -> None:
@@ -348,7 +387,7 @@ async def test_as_root_it_runs_as_the_vms_user_and_reaches_only_its_files(here: 
         await exports.start(directory, disk, run_as=uid)
     os.chown(disk.source.path, uid, uid)
     await exports.start(directory, disk, run_as=uid)
-    pid = await find_process(f"{directory}/x-{disk.id}.qmp")
+    pid = find_process(f"{directory}/x-{disk.id}.qmp")
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     assert status["Uid"].split() == status["Gid"].split() == [str(uid)] * 4
     assert status["Groups"].split() == []

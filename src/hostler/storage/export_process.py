@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,10 @@ KILLED = 60.0
 """Seconds after SIGKILL; it takes long only where the disk hangs."""
 
 
+_CHARDEV = "socket,id=control,path="
+_SERVER = ",server=on,wait=off"
+
+
 async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int | None) -> None:
     """Start one, with nothing exported yet; it answers on `control` when this returns. HostLacks, QemuFailed."""
     argv = [
@@ -30,7 +35,7 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
         "--pidfile",
         pidfile,
         "--chardev",
-        f"socket,id=control,path={_escape(control)},server=on,wait=off",
+        _CHARDEV + _escape(control) + _SERVER,
         "--monitor",
         "chardev=control,mode=control",
         "--nbd-server",
@@ -72,10 +77,16 @@ def _as_user(run_as: int | None) -> list[str]:
     return ["setpriv", *user, "--bounding-set=-all", "--no-new-privs", "--"]
 
 
-async def find_process(control: str) -> int | None:
+def find_process(control: str) -> int | None:
     """The pid of the living process that listens on `control`; None when there is none."""
     pid = _listener(control)
     return pid if pid is not None and _is_ours(pid, control) else None
+
+
+def find_all(run_dir: str) -> dict[int, str]:
+    """Every export process of a run directory, with its control socket: also one whose socket was removed."""
+    found = {pid: _control_of(pid, run_dir) for pid in _pids()}
+    return {pid: control for pid, control in found.items() if control is not None}
 
 
 def _listener(control: str) -> int | None:
@@ -93,17 +104,38 @@ def _listener(control: str) -> int | None:
 
 def _from_proc(control: str) -> int | None:
     """By command line, for a process whose socket no longer answers."""
-    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    return next((pid for pid in pids if _is_ours(pid, control)), None)
+    return next((pid for pid in _pids() if _is_ours(pid, control)), None)
+
+
+def _pids() -> Iterator[int]:
+    return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
 def _is_ours(pid: int, control: str) -> bool:
+    return _control_of(pid, os.path.dirname(control)) == control
+
+
+def _control_of(pid: int, run_dir: str) -> str | None:
+    """The control socket in that run directory which the process serves by its command line; None for any other.
+
+    Everybody can start a program with such a command line: only processes of ours and of the directory's owner count.
+    """
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"--daemonize" not in arguments or _user(pid) not in (os.geteuid(), os.stat(run_dir).st_uid):
+            return None
     except OSError:
-        return False
-    chardev = f"socket,id=control,path={_escape(control)},server=on,wait=off"
-    return b"--daemonize" in arguments and os.fsencode(chardev) in arguments
+        return None
+    head, tail = os.fsencode(_CHARDEV + _escape(run_dir) + "/"), os.fsencode(_SERVER)
+    found = next((a for a in arguments if a.startswith(head) and a.endswith(tail)), None)
+    return None if found is None else f"{run_dir}/{os.fsdecode(found[len(head) : -len(tail)])}"
+
+
+def _user(pid: int) -> int:
+    """From its status; its directory in /proc may belong to root although the process does not."""
+    text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    line = next(line for line in text.splitlines() if line.startswith("Uid:"))
+    return int(line.split()[2])
 
 
 async def terminate(pid: int, control: str) -> None:

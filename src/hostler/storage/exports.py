@@ -37,7 +37,7 @@ from hostler.model.errors import (
     TimedOut,
 )
 from hostler.storage import export_nodes as nodes
-from hostler.storage.export_process import find_process, spawn, terminate
+from hostler.storage.export_process import find_all, find_process, spawn, terminate
 from hostler.storage.qemu_img import LOG_PENDING, LogPending
 from hostler.storage.qmp import QmpGone, QmpLines, QmpRefused, conversation
 
@@ -69,7 +69,7 @@ class Exports:
         _check(run_dir, disk)
         control = _control(run_dir, disk.id)
         async with self._lock(control), AsyncExitStack() as undo:
-            if await find_process(control) is None:
+            if find_process(control) is None:
                 undo.push_async_callback(_stop, run_dir, disk.id)
                 _remove_files(run_dir, disk.id)
                 await spawn(self._binary, control, self.socket(run_dir, disk.id), _pidfile(run_dir, disk.id), run_as)
@@ -88,7 +88,7 @@ class Exports:
         Harmless when the process is gone: then the image is closed as well."""
         control = _control(run_dir, disk.id)
         async with self._lock(control):
-            if await find_process(control) is not None:
+            if find_process(control) is not None:
                 await _arrange(control, disk, None)
 
     async def stop(self, run_dir: str, disk_id: str) -> None:
@@ -97,14 +97,24 @@ class Exports:
         async with self._lock(control):
             await _stop(run_dir, disk_id)
 
+    async def stop_all(self, run_dir: str) -> None:
+        """End every process of that run directory, also one whose sockets are gone, or that nobody remembers."""
+        for pid, control in find_all(run_dir).items():
+            async with self._lock(control):
+                await terminate(pid, control)
+        for file in Path(run_dir).glob("x-*.*"):
+            if file.suffix in (".nbd", ".qmp", ".pid"):
+                file.unlink(missing_ok=True)
+
     async def serves(self, run_dir: str, disk_id: str) -> str | None:
         """What is behind the export now: "image", "placeholder", or None (closed, or no process)."""
         control = _control(run_dir, disk_id)
         async with self._lock(control):
-            if await find_process(control) is None:
+            pid = find_process(control)
+            if pid is None:
                 return None
             try:
-                async with conversation(control) as qmp:
+                async with conversation(control, pid) as qmp:
                     return await _exported(qmp)
             except (QmpGone, QmpRefused) as error:
                 raise _explain(f"export of disk {disk_id}", error) from error
@@ -113,14 +123,17 @@ class Exports:
         """Ids of the disks whose processes live in that run directory, also such as another daemon started."""
         controls = sorted(Path(run_dir).glob("x-*.qmp"))
         ids = [control.name.removeprefix("x-").removesuffix(".qmp") for control in controls]
-        return tuple([d for d, control in zip(ids, controls, strict=True) if await find_process(str(control))])
+        return tuple([d for d, control in zip(ids, controls, strict=True) if find_process(str(control))])
 
 
 async def _arrange(control: str, disk: Disk, want: str | None) -> None:
     """Make `want` what is behind the export. The new node is opened before the old one goes."""
     subject = f"disk {disk.id} ({disk.source.path})"
     try:
-        async with conversation(control) as qmp:
+        pid = find_process(control)
+        if pid is None:
+            raise QmpGone("it does not run")
+        async with conversation(control, pid) as qmp:
             if want is not None:
                 await _have_node(qmp, disk, want)
             have = await _exported(qmp)
@@ -179,7 +192,7 @@ async def _nodes(qmp: QmpLines) -> dict[str, dict[str, Any]]:
 
 
 async def _stop(run_dir: str, disk_id: str) -> None:
-    process = await find_process(_control(run_dir, disk_id))
+    process = find_process(_control(run_dir, disk_id))
     if process is not None:
         await terminate(process, _control(run_dir, disk_id))
     _remove_files(run_dir, disk_id)

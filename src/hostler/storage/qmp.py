@@ -91,11 +91,16 @@ class QmpLines:
 
 
 @asynccontextmanager
-async def conversation(path: str) -> AsyncIterator[QmpLines]:
-    """Talk to the QMP server on that socket. QmpGone when nobody answers there."""
+async def conversation(path: str, pid: int | None = None) -> AsyncIterator[QmpLines]:
+    """Talk to the QMP server on that socket. QmpGone when nobody answers there, or another process than `pid`: the
+    socket's directory may belong to somebody who puts a link in its place."""
     try:
         async with asyncio.timeout(DEADLINE):
-            reader, writer = await asyncio.open_unix_connection(sock=await _connect(path), limit=_LINE)
+            connected = await _connect(path)
+            if pid is not None and peer_pid(connected) != pid:
+                connected.close()
+                raise QmpGone(f"another process listens on {path}")
+            reader, writer = await asyncio.open_unix_connection(sock=connected, limit=_LINE)
     except (TimeoutError, OSError) as error:
         raise QmpGone(f"cannot connect to {path}") from error
     try:
