@@ -235,6 +235,24 @@ async def test_a_target_that_stands_still_is_given_up(
     await runs_and_can_still_move(rig, source, disk)
 
 
+async def test_several_streams_to_a_target_that_stands_still(
+    rig: Rig, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU itself would connect, wait in its main loop for ever, and its guest with it."""
+    monkeypatch.setattr(migration, "CONNECT_DEADLINE", 0.5)
+    source = await rig.start("p0", disks=(disk,))
+    settings, secret = MigrationSettings(streams=2), secrets.token_hex(32)
+    moved, address = await target(rig, "p1", settings, secret, disk)
+    os.kill(moved.process.pid, signal.SIGSTOP)
+    with pytest.raises(PeerUnreachable, match="does not react"):
+        await source.migrate_to(address, settings, secret, ignore)
+    assert await source.status() is RunStatus.RUNNING
+    os.kill(moved.process.pid, signal.SIGCONT)
+    monkeypatch.undo()
+    result = await source.migrate_to(address, settings, secret, ignore)
+    assert result.end is MigrationEnd.COMPLETED
+
+
 async def test_a_wrong_secret_is_refused_and_does_not_disturb_the_target(rig: Rig, disk: Disk) -> None:
     source = await rig.start("p0", disks=(disk,))
     secret = secrets.token_hex(32)

@@ -12,7 +12,9 @@ Facts of QEMU 7.2 this rests on (each has a test):
 - `migrate tcp:` connects with blocking sockets: a target that is frozen before the TLS handshake stops the source's
   main loop, its guest and its monitor for ever, and a connect that gets no answer cannot be cancelled for two minutes.
   So the daemon connects (with a deadline), hands the socket over, and makes it non-blocking *after* that, for QEMU
-  makes each descriptor it is given blocking. Several streams need `tcp:`: QEMU opens the further connections itself.
+  makes each descriptor it is given blocking. Several streams need `tcp:`, for QEMU opens the further connections
+  itself; then the target is made to react just before (a target that freezes between that and the handshake, some
+  milliseconds, still freezes the source).
 - Nobody but us notices when the other side stops taking the stream: see STALL.
 - The whole state of capabilities and parameters is set before each move, whatever an earlier one (perhaps under a
   daemon that was killed) left.
@@ -92,12 +94,8 @@ class Migrator:
             await self._take_key(secret, "client")
         end = MigrationEnd.FAILED
         try:
-            if settings.mode is MigrationMode.QUICK:
-                await commands.stop(self._qmp)
-            if settings.streams > 1:
-                result = await self.send(lambda: commands.migrate(self._qmp, f"tcp:{address}"), on_progress)
-            else:
-                result = await self._send_by_socket(address, on_progress)
+            send = self._send_by_address if settings.streams > 1 else self._send_by_socket
+            result = await send(address, settings, on_progress)
             end = result.end
         finally:
             if end is not MigrationEnd.COMPLETED:
@@ -172,11 +170,27 @@ class Migrator:
             return None
         return str(addresses[0].get("port"))
 
-    async def _send_by_socket(self, address: str, on_progress: OnProgress) -> MigrationResult:
+    async def _send_by_socket(
+        self, address: str, settings: MigrationSettings, on_progress: OnProgress
+    ) -> MigrationResult:
         with await _connect(self._qmp.name, address) as wire:
             await commands.getfd(self._qmp, _FD, wire.fileno())
             wire.setblocking(False)
-            return await self.send(lambda: commands.migrate(self._qmp, f"fd:{_FD}"), on_progress, wire)
+            return await self.send(lambda: self._start(f"fd:{_FD}", settings), on_progress, wire)
+
+    async def _send_by_address(
+        self, address: str, settings: MigrationSettings, on_progress: OnProgress
+    ) -> MigrationResult:
+        """QEMU connects by itself, as several streams need it: only to a target that has just shown to be alive."""
+        if settings.encrypted:
+            await _answers(self._qmp.name, address)
+        return await self.send(lambda: self._start(f"tcp:{address}", settings), on_progress)
+
+    async def _start(self, uri: str, settings: MigrationSettings) -> None:
+        """Stop the guest for a quick move only now, when the other side is there."""
+        if settings.mode is MigrationMode.QUICK:
+            await commands.stop(self._qmp)
+        await commands.migrate(self._qmp, uri)
 
     async def _carry_on(self, run: bool) -> None:
         """After a move that did not happen: the guest as it was before, nothing left of the attempt."""
@@ -296,6 +310,25 @@ async def _connect(name: str, address: str) -> socket.socket:
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
     return wire
+
+
+async def _answers(name: str, address: str) -> None:
+    """PeerUnreachable unless the QEMU at `address`, not only the kernel in front of it, reacts: what is no TLS makes
+    it close that connection, and listen on."""
+    loop = asyncio.get_running_loop()
+    with await _connect(name, address) as wire:
+        try:
+            async with asyncio.timeout(CONNECT_DEADLINE):
+                await loop.sock_sendall(wire, b"are you there\n")
+                await loop.sock_recv(wire, 1)
+        except ConnectionError:
+            return
+        except TimeoutError:
+            raise PeerUnreachable(
+                name,
+                f"the other host's QEMU at {address} does not react",
+                "it hangs; end it there and move the VM again",
+            ) from None
 
 
 async def _first_that_answers(host: str, port: int) -> socket.socket:
