@@ -526,6 +526,34 @@ def test_console_on_a_terminal_is_raw_and_ctrl_bracket_leaves(run: Run, host: Ru
                 assert process.wait(PATIENCE) == Exit.OK
 
 
+def test_listing_imports_nothing_slow(run: Run, host: RunningHost) -> None:
+    """What `hostler vm list` takes is what it imports."""
+    ok(run("vm", "create", "web1"))
+    program = (
+        "import sys\nfrom hostler.cli.main import main\ncode = main(['vm', 'list'])\n"
+        "print('\\0'.join(sys.modules), file=sys.stderr)\nsys.exit(code)"
+    )
+    env = {**os.environ, "HOSTLER_HOST": str(host.socket)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=PATIENCE, check=True
+    )
+    assert "web1" in done.stdout
+    loaded = set(done.stderr.strip().split("\0"))
+    assert "httpx2" in loaded
+    assert not loaded & {"pydantic", "rich", "websockets", "hostler.model.vm"}
+
+
+def test_a_terminal_of_another_encoding(run: Run, host: RunningHost) -> None:
+    ok(run("vm", "create", "w\u20acb"))
+    env = {**os.environ, "HOSTLER_HOST": str(host.socket), "PYTHONIOENCODING": "iso-8859-1", "PYTHONUTF8": "0"}
+    done = subprocess.run([*PROGRAM, "vm", "list", "-q"], capture_output=True, env=env, timeout=PATIENCE, check=True)
+    assert done.stdout == b"w?b\n"
+    done = subprocess.run(
+        [*PROGRAM, "vm", "show", "w\u20acb", "--json"], capture_output=True, env=env, timeout=PATIENCE, check=True
+    )
+    assert json.loads(done.stdout)["config"]["name"] == "w\u20acb"
+
+
 def test_a_reader_that_goes_away_is_no_error(run: Run, host: RunningHost) -> None:
     ok(run("vm", "create", "web1"))
     read, write = os.pipe()

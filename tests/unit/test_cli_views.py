@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from hostler.cli import progress, views
+from hostler.cli import output, progress, views
 from hostler.cli.commands.disk import attached
 from hostler.cli.commands.vm_move import moved
 from hostler.cli.output import plain
+from hostler.cli.settings import Settings
 from hostler.model.base import Record
 from hostler.model.disk import Bus, Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import ErrorCode
@@ -119,6 +120,15 @@ def test_a_vm() -> None:
         "nic0  52:54:00:00:00:01  user             1\n"
         "nic1  52:54:00:00:00:02  bridge br0       4",
     ]
+
+
+def test_what_others_wrote_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = CRITICAL.but(reason_text="\x1b]0;owned\x07\u202eevil", config=CONFIG.but(notes="a\x1b[2J\nb"))
+    for view in (views.vm, lambda found: views.vms([found])):
+        output.show(Settings(), evil.model_dump_json().encode(), view)
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\u202e") & set(shown)
+    assert "a\N{REPLACEMENT CHARACTER}[2J\n" in shown
 
 
 def test_a_handed_over_vm_says_so() -> None:

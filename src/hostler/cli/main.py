@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import click
 
 from hostler.cli.exit_codes import Exit, exit_code
 from hostler.cli.lazy import LazyGroup, ReaderGone
+from hostler.cli.output import printable
 from hostler.cli.settings import Settings
 from hostler.model.errors import HostlerError, InternalError, InvalidInput
 
@@ -59,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding must not end a command
+            stream.reconfigure(errors="replace")
     try:
         result = root.main(args=words, prog_name="hostler", standalone_mode=False)
         sys.stdout.flush()
@@ -87,8 +92,8 @@ def _failed(error: HostlerError, as_json: bool) -> int:
 
         click.echo(Problem.of(error).model_dump_json(), err=True)
     else:
-        click.echo(f"error: {error.object}: {error.cause}", err=True)
-        for line in error.advice.splitlines():
+        click.echo(printable(f"error: {error.object}: {error.cause}"), err=True)
+        for line in printable(error.advice).splitlines():
             click.echo(f"  {line}", err=True)
     return exit_code(error.code)
 

@@ -42,13 +42,13 @@ def show(settings: Settings, content: bytes, view: View) -> None:
     rendered = view(json.loads(content))
     if settings.quiet and isinstance(rendered, Table):
         for row in rendered.rows:
-            click.echo(row[0].removesuffix(" *"))
+            click.echo(printable(row[0].removesuffix(" *")))
     elif isinstance(rendered, Table):
         _print_table(rendered)
     elif isinstance(rendered, Facts):
         _print_facts(rendered)
     else:
-        click.echo(rendered)
+        click.echo(printable(rendered))
 
 
 def show_one_of(settings: Settings, content: bytes, kind: str, ref: str, view: View) -> None:
@@ -66,13 +66,18 @@ def show_one_of(settings: Settings, content: bytes, kind: str, ref: str, view: V
 
 def print_json(content: bytes) -> None:
     """One document and a line end; an answer without a body is `null`."""
-    click.echo(content.decode() or "null")
+    click.echo(content or b"null")
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal: notes, and the last words of a QEMU, are written by others."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def say(settings: Settings, text: str) -> None:
     """A message for people: not with --json or --quiet."""
     if settings.talkative:
-        click.echo(text)
+        click.echo(printable(text))
 
 
 def hint(text: str) -> None:
@@ -88,7 +93,7 @@ def confirm(question: str, yes: bool) -> None:
 
 def plain(table: Table) -> str:
     """Columns aligned by blanks, as pipes like it: no colours, no lines, no tabs, nothing cut off."""
-    lines = [table.columns, *table.rows]
+    lines = [table.columns, *(tuple(printable(cell) for cell in row) for row in table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
     right = [name in table.right for name in table.columns]
     shown = []
@@ -111,7 +116,7 @@ def _print_table(table: Table) -> None:
 def _print_facts(found: Facts) -> None:
     width = max((len(label) for label, _ in found.facts), default=0)
     for label, value in found.facts:
-        first, *more = value.splitlines() or [""]
+        first, *more = printable(value).splitlines() or [""]
         click.echo(f"{label:<{width}}{GAP}{first}")
         for line in more:
             click.echo(f"{'':<{width}}{GAP}{line}")
@@ -130,7 +135,7 @@ def _rich_table(table: Table) -> None:
     for name in table.columns:
         drawn.add_column(name, justify="right" if name in table.right else "left", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(Text(cell, _style(table, i, cell)) for i, cell in enumerate(row)))
+        drawn.add_row(*(Text(printable(cell), _style(table, i, cell)) for i, cell in enumerate(row)))
     Console().print(drawn)
 
 

@@ -136,7 +136,7 @@ class AsyncClient:
         return outcome(job)
 
     async def events(self, kind: str | None = None, key: str | None = None) -> AsyncIterator[Event]:
-        """Changes from now on, for ever. PeerUnreachable when the host goes away."""
+        """Changes from now on. It ends when the host stops; PeerUnreachable when the connection breaks."""
         async for line in self.transport.lines("/v1/events", calls.events_query(kind, key)):
             if line.startswith("data:"):
                 yield answers.EVENT.parse(line.removeprefix("data:").strip().encode())

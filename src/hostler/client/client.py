@@ -251,7 +251,8 @@ class Client:
         return self.send(calls.version())
 
     def events(self, kind: str | None = None, key: str | None = None) -> Iterator[Event]:
-        """Changes from now on, for ever; close the iterator to stop. PeerUnreachable when the host goes away."""
+        """Changes from now on; close the iterator to stop. It ends when the host stops (read the present state before
+        listening again); PeerUnreachable when the connection breaks."""
         with self.transport.lines("/v1/events", calls.events_query(kind, key)) as lines:
             for line in lines:
                 if line.startswith("data:"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from hostler.cli import options, output
 from hostler.cli.lazy import Command
 from hostler.cli.settings import Settings
 from hostler.client import calls
-from hostler.model.errors import AlreadyExists, HostLacks, InvalidInput
+from hostler.model.errors import AlreadyExists, HostLacks, InvalidInput, NoSpace
 
 
 @click.command("console", cls=Command)
@@ -85,6 +86,8 @@ def write_whole(path: Path, content: bytes) -> None:
                 Path(part.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise NoSpace(f"file {path}", "the disk is full", "make room, or choose another place") from error
         raise HostLacks(f"file {path}", f"cannot be written: {error.strerror}", "choose another place") from error
 
 
