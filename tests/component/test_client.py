@@ -318,6 +318,36 @@ def test_an_answer_that_is_not_ours(short: Path) -> None:
         listener.close()
 
 
+def test_a_kept_connection_that_the_host_closed_is_not_used(short: Path) -> None:
+    """As after a restart of the daemon: a request that changes something must not be lost on a dead connection."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(short))
+    listener.listen()
+    closed = [threading.Event(), threading.Event()]
+    body = b'{"version":"1"}'
+
+    def answer() -> None:
+        for event in closed:
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    if connection.recv(65536):
+                        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+                        break
+            event.set()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        with Client(Target(socket=str(short))) as client:
+            for event in closed:
+                assert client.raw(calls.vm_act("web1", "start")) == body
+                assert event.wait(PATIENCE)
+    finally:
+        thread.join(PATIENCE)
+        listener.close()
+
+
 # https
 
 

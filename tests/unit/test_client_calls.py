@@ -6,16 +6,32 @@ import json
 import os
 import typing
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
 from hostler.client import answers, calls
 from hostler.client.answers import Model
 from hostler.client.target import Target, default_socket, find_target
+from hostler.identity.authorize import TABLE
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
 from hostler.model.migration import IncomingRequest, MigrationSettings
-from hostler.model.requests import VmChange
+from hostler.model.requests import (
+    DiskAdd,
+    InspectRequest,
+    JoinRequest,
+    MigrateRequest,
+    NicAdd,
+    ShutdownRequest,
+    TokenCreate,
+    VmChange,
+    VmCreate,
+    VolumeCreate,
+    VolumeRegister,
+)
+from hostler.model.views import PeerIntroduction
 from hostler.model.vm import VmConfig
 
 pytestmark = pytest.mark.unit
@@ -65,12 +81,16 @@ def test_of_what_people_ask_only_what_was_said_is_sent() -> None:
     assert json.loads(content) == {"notes": ""}
 
 
-def test_of_records_everything_is_sent() -> None:
-    """The other host may have other defaults."""
+def a_move() -> IncomingRequest:
     config = VmConfig(id="1", name="a", machine="pc-q35-7.2", cpu_model="Nehalem-v1")
-    request = IncomingRequest(
+    return IncomingRequest(
         id="m", config=config, generation=2, settings=MigrationSettings(), accelerator=Accelerator.TCG, secret=""
     )
+
+
+def test_of_records_everything_is_sent() -> None:
+    """The other host may have other defaults."""
+    request = a_move()
     content = calls.peer_prepare(request).content()
     assert content is not None
     assert IncomingRequest.model_validate_json(content) == request
@@ -167,3 +187,31 @@ def test_secrets_that_others_can_read_are_refused(home: dict[str, str], mode: in
     with pytest.raises(NotPermitted) as refused:
         find_target("web", home)
     assert refused.value.advice == f"run: chmod 600 {path}"
+
+
+def every_call() -> list[calls.Call[Any]]:
+    """One of each, with names that stand for themselves."""
+    vm, volume, host, job, token, move = "{vm}", "{volume}", "{host}", "{job}", "{token}", "{id}"
+    migrate, disk = MigrateRequest(host="h"), DiskAdd(volume="v")
+    request = a_move()
+    return [
+        calls.vms(), calls.vm(vm), calls.vm_create(VmCreate(name="a")), calls.vm_change(vm, VmChange(notes="")),
+        calls.vm_delete(vm), *(calls.vm_act(vm, action) for action in calls.ACTIONS),
+        calls.vm_shutdown(vm, ShutdownRequest()), calls.vm_migrate(vm, migrate), calls.vm_migrate_check(vm, migrate),
+        calls.vm_screenshot(vm), calls.disk_add(vm, disk), calls.disk_add_check(vm, disk),
+        calls.disk_remove(vm, "{disk}"), calls.nic_add(vm, NicAdd()), calls.nic_remove(vm, "{nic}"),
+        calls.volumes(), calls.volume(volume), calls.volume_create(VolumeCreate(name="v", size=512)),
+        calls.volume_register(VolumeRegister(name="v", path="/v")), calls.volume_inspect(InspectRequest(path="/v")),
+        calls.volume_delete(volume), calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),
+        calls.host_join(JoinRequest(invitation="i")), calls.host_remove(host), calls.jobs(), calls.job(job),
+        calls.job_cancel(job), calls.tokens(), calls.token_create(TokenCreate(name="t")), calls.token_revoke(token),
+        calls.version(), calls.peer_facts(), calls.peer_check(request), calls.peer_prepare(request),
+        calls.peer_status(move), calls.peer_accept(move), calls.peer_refuse(move), calls.peer_outgoing(move),
+        calls.peer_introduce(PeerIntroduction(id="i", name="n", address="a", certificate="c")),
+    ]  # fmt: skip
+
+
+def test_the_client_can_ask_for_everything_the_api_offers_and_for_nothing_else() -> None:
+    asked = {f"{call.method} {unquote(call.path)}" for call in every_call()}
+    sockets = {f"WEBSOCKET {unquote(path('{vm}'))}" for path in (calls.serial_path, calls.vnc_path)}
+    assert asked | sockets | {"GET /v1/events"} == set(TABLE)
