@@ -43,7 +43,7 @@ def run_one(name: str, rounds: int, results: Path) -> int:
     try:
         result = asyncio.run(importlib.import_module(f"bench.{name}").run(rounds))
     except HostlerError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", *getattr(error, "__notes__", ()), sep="\n  ", file=sys.stderr)
         return 1
     print(table(result), flush=True)
     print(f"  kept in {keep(result, results)}", flush=True)

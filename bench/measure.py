@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from hostler.model.errors import HostlerError
+
 Sample = Mapping[str, float]
 """What one round of one contender measured: name of the metric to milliseconds (or what the name says)."""
 
@@ -82,10 +84,19 @@ async def in_turns(result: Result, contenders: Sequence[Contender], rounds: int 
         result.samples[contender.name] = []
     for number in range(-1, rounds):
         for contender in order(contenders, number):
-            sample = await contender.run()
+            sample = await _round(contender, number)
             if number >= 0:
                 result.samples[contender.name].append(dict(sample))
     return result
+
+
+async def _round(contender: Contender, number: int) -> Sample:
+    """One round; a failure says whose it was."""
+    try:
+        return await contender.run()
+    except HostlerError as error:
+        error.add_note(f"in round {number + 1} of {contender.name}")
+        raise
 
 
 def table(result: Result) -> str:

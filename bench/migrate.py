@@ -43,7 +43,7 @@ async def paused(port: int, move: Callable[[], Awaitable[dict[str, float]]]) -> 
     async with PauseMeter.beats(port) as meter:
         await meter.hearing()
         found = await move()
-        await meter.hearing(1)
+        await meter.next()
         report = await meter.report()
     if not report.continuous:
         raise InternalError("guest", f"is not the one that was moved: {report}")

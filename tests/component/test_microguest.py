@@ -290,7 +290,7 @@ async def test_a_pause_is_measured_from_outside() -> None:
                 ):
                     await ticks.hearing()
                     await qemu_raw.migrate(source, target, RawSettings())
-                    await asyncio.gather(ticks.hearing(1), beats.hearing(1))
+                    await asyncio.gather(ticks.hearing(1), beats.next())
                     reports = [await ticks.report(), await beats.report()]
             for report in reports:
                 assert report.continuous, report

@@ -31,6 +31,7 @@ class PauseMeter:
         self._prefix = prefix
         self._process: asyncio.subprocess.Process
         self._heard: set[int] = set()
+        self._output = ""
         self.port = 0
 
     @classmethod
@@ -79,20 +80,32 @@ class PauseMeter:
         await self._process.communicate()
 
     async def _word(self, wanted: str, deadline: float = DEADLINE) -> str:
+        """The meter's next line that begins with `wanted`."""
         assert self._process.stderr is not None
         try:
-            line = (await asyncio.wait_for(self._process.stderr.readline(), deadline)).decode()
+            async with asyncio.timeout(deadline):
+                while line := (await self._process.stderr.readline()).decode():
+                    if line.startswith("hearing"):
+                        self._heard.add(int(line.split()[1]))
+                    if line.startswith(wanted):
+                        return line
+                    self._output = line.strip()
         except TimeoutError as error:
-            raise TimedOut("pause meter", f"was not {wanted} within {deadline:g} s") from error
-        if not line.startswith(wanted):
-            raise InternalError("pause meter", f"ended: {line.strip()}")
-        return line
+            where = f"heard {sorted(self._heard)} before" if self._heard else "heard nothing at all"
+            raise TimedOut("pause meter", f"did not say {wanted!r} within {deadline:g} s, {where}") from error
+        raise InternalError("pause meter", f"ended: {self._output}")
 
     async def hearing(self, way: int = 0, deadline: float = 60.0) -> None:
         """Until the first sign of life by that way: 0 is the first serial socket or sender, 1 the next.
         TimedOut after `deadline` seconds, InternalError when the meter ended."""
-        while way not in self._heard:
-            self._heard.add(int((await self._word("hearing", deadline)).split()[1]))
+        if way not in self._heard:
+            await self._word(f"hearing {way}", deadline)
+
+    async def next(self, deadline: float = 60.0) -> None:
+        """Until a sign of life that comes after this call. TimedOut after `deadline` seconds."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"?")
+        await self._word("next", deadline)
 
     async def report(self) -> PauseReport:
         """End the measuring and judge it."""

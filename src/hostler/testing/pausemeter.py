@@ -183,10 +183,12 @@ def _tick_arrival(line: bytes, now: int, way: int) -> Arrival:
 
 
 class Stop:
-    """Set by SIGTERM or SIGINT, or when standard input ends (the parent wants the report, or is gone)."""
+    """Set by SIGTERM or SIGINT, or when standard input ends (the parent wants the report, or is gone). Anything on
+    standard input is a question: tell me of the next sign of life."""
 
     def __init__(self, watch_stdin: bool) -> None:
         self.asked = False
+        self.question = False
         self.descriptors = (sys.stdin.fileno(),) if watch_stdin else ()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
@@ -196,7 +198,20 @@ class Stop:
 
     def read(self, descriptor: int) -> None:
         """Standard input has something, or has ended."""
-        self.asked = self.asked or not os.read(descriptor, 4096)
+        if os.read(descriptor, 4096):
+            self.question = True
+        else:
+            self.asked = True
+
+
+def _tell(arrival: Arrival, heard: set[int], stop: Stop) -> None:
+    """Tell the parent of the first sign by each way, and of the next one where it asked."""
+    if arrival.way not in heard:
+        heard.add(arrival.way)
+        print(f"hearing {arrival.way}", file=sys.stderr, flush=True)
+    if stop.question:
+        stop.question = False
+        print(f"next {arrival.way}", file=sys.stderr, flush=True)
 
 
 def measure(way: Way, duration_ns: int | None, stop: Stop) -> PauseReport:
@@ -210,15 +225,14 @@ def measure(way: Way, duration_ns: int | None, stop: Stop) -> PauseReport:
         # Rounded up: select may not return before it is due.
         timeout = max(0, wake - time.monotonic_ns()) / 1e9
         waited: list[socket.socket | int] = [*way.sockets(), *stop.descriptors]
-        for ready in select.select(waited, [], [], timeout)[0]:
+        # Signs before the parent's question, so that none that was waiting already answers it.
+        for ready in sorted(select.select(waited, [], [], timeout)[0], key=lambda one: isinstance(one, int)):
             if isinstance(ready, int):
                 stop.read(ready)
                 continue
             for arrival in way.read(ready):
                 arrivals.append(arrival)
-                if arrival.way not in heard:
-                    heard.add(arrival.way)
-                    print(f"hearing {arrival.way}", file=sys.stderr, flush=True)
+                _tell(arrival, heard, stop)
         now = time.monotonic_ns()
     return summarise(arrivals, way.sent, now)
 
