@@ -1,17 +1,14 @@
-"""The client against a real API server: answers, errors, deadlines, TLS, events, the peer link, the serial console."""
+"""The client against a real API server: answers, errors, deadlines, TLS, events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
-import select
 import socket
-import ssl
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from client_host import PATIENCE, RunningHost, running_host
@@ -19,29 +16,18 @@ from client_host import PATIENCE, RunningHost, running_host
 from hostler.client import calls
 from hostler.client.async_client import AsyncClient
 from hostler.client.client import Client
-from hostler.client.console import SerialConsole, bridge
-from hostler.client.peer import PeerClient
 from hostler.client.target import Target
-from hostler.cluster.peers import PeerLink, never_sent
-from hostler.identity.certificates import HostIdentity, load_or_create
-from hostler.identity.tls import Trust
 from hostler.model.errors import (
     Busy,
     Cancelled,
-    GuestRefused,
     HostlerError,
     InternalError,
-    InUse,
     NotAuthenticated,
     NotFound,
     NotPermitted,
-    PeerRefused,
     PeerUnreachable,
     TimedOut,
-    WrongState,
 )
-from hostler.model.host import Accelerator, Peer
-from hostler.model.migration import IncomingPhase, IncomingRequest, MigrationSettings
 from hostler.model.principal import Role
 from hostler.model.requests import (
     DiskAdd,
@@ -57,8 +43,7 @@ from hostler.model.requests import (
     VolumeRegister,
 )
 from hostler.model.units import GiB
-from hostler.model.views import PeerIntroduction
-from hostler.model.vm import VmConfig, VmState
+from hostler.model.vm import VmState
 
 pytestmark = pytest.mark.component
 
@@ -386,232 +371,3 @@ def test_a_ca_file(host: RunningHost, tmp_path: Path) -> None:
         assert client.hosts.this().name == "alpha"
     with pytest.raises(HostlerError, match="CA file"):
         Client(Target(url=host.url, ca_file=str(tmp_path / "none.pem")))
-
-
-# host to host
-
-
-@pytest.fixture
-def us(host: RunningHost, tmp_path: Path) -> tuple[HostIdentity, Trust]:
-    """Another host that this one trusts."""
-    identity = load_or_create(tmp_path / "us", "us")
-    peer = Peer(
-        id=identity.host_id,
-        name="us",
-        address="127.0.0.1:1",
-        fingerprint=identity.fingerprint,
-        certificate=identity.certificate,
-    )
-    host.loop.call_soon_threadsafe(host.trust.replace, [peer])
-    return identity, Trust(identity)
-
-
-@pytest.fixture
-async def peer(host: RunningHost, us: tuple[HostIdentity, Trust]) -> AsyncIterator[PeerClient]:
-    _, trust = us
-    client = PeerClient(host.url, trust.client_context(host.identity.fingerprint, host.identity.certificate))
-    yield client
-    await client.close()
-
-
-def a_move() -> IncomingRequest:
-    config = VmConfig(id="v", name="v", machine="pc-q35-7.2", cpu_model="qemu64")
-    return IncomingRequest(
-        id="m1", config=config, generation=2, settings=MigrationSettings(), accelerator=Accelerator.TCG, secret=""
-    )
-
-
-async def test_a_peer_can_do_all_a_move_needs(peer: PeerClient, us: tuple[HostIdentity, Trust]) -> None:
-    link: PeerLink = peer
-    await link.warm()
-    assert (await link.facts()).name == "alpha"
-    assert await link.check(a_move()) == []
-    assert (await link.prepare(a_move())).address == "127.0.0.1:1"
-    assert (await link.status("m1")).loaded
-    assert (await link.accept("m1")).phase is IncomingPhase.ACCEPTED
-    assert (await link.refuse("m1")).phase is IncomingPhase.REFUSED
-    assert await link.outgoing("m1") == (await link.outgoing("m1")).but(owner=us[0].host_id)
-    introduction = PeerIntroduction(id="x", name="x", address="h:1", certificate="pem", secret="s")
-    assert await link.introduce(introduction) == introduction
-
-
-async def test_a_peer_keeps_its_connection(peer: PeerClient, host: RunningHost) -> None:
-    """So that `accept`, in the guest's pause, needs no handshake."""
-    handshakes = 0
-    original = ssl.SSLObject.do_handshake
-
-    def counted(self: ssl.SSLObject) -> None:
-        nonlocal handshakes
-        handshakes += not self.server_side
-        original(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssl.SSLObject, "do_handshake", counted)
-        await peer.warm()
-        before = handshakes
-        for _ in range(5):
-            await peer.accept("m1")
-    assert before >= 1
-    assert handshakes == before
-
-
-async def test_a_refusal_of_the_peer_is_its_own_error(peer: PeerClient) -> None:
-    with pytest.raises(GuestRefused, match="will not"):
-        await peer.accept("refused")
-    with pytest.raises(NotFound):
-        await peer.status("unknown")
-
-
-async def test_a_defect_of_the_peer_is_no_defect_of_ours(peer: PeerClient) -> None:
-    with pytest.raises(PeerRefused) as error:
-        await peer.accept("broken")
-    assert error.value.details["code"] == "internal"
-    assert "secret insides" not in str(error.value)
-
-
-async def test_a_host_that_is_not_trusted_any_more(peer: PeerClient, host: RunningHost) -> None:
-    await peer.warm()
-    host.loop.call_soon_threadsafe(host.trust.replace, [])
-    with pytest.raises(PeerRefused) as error:
-        await peer.accept("m1")
-    assert error.value.details["code"] == "not-authenticated"
-
-
-async def test_a_late_answer_is_unknown_and_may_have_been_done(
-    host: RunningHost, us: tuple[HostIdentity, Trust]
-) -> None:
-    host.app.incoming.slow = 0.5
-    peer = PeerClient(
-        host.url, us[1].client_context(host.identity.fingerprint, host.identity.certificate), deadline=0.2
-    )
-    try:
-        await peer.warm()
-        with pytest.raises(TimedOut) as error:
-            await peer.accept("m1")
-        assert error.value.details == {"sent": True}
-        assert not never_sent(error.value)
-    finally:
-        await peer.close()
-
-
-async def test_a_peer_that_is_not_there_got_nothing(us: tuple[HostIdentity, Trust]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"https://127.0.0.1:{free.getsockname()[1]}"
-        peer = PeerClient(url, us[1].client_context("00" * 32))
-        try:
-            with pytest.raises(PeerUnreachable) as error:
-                await peer.accept("m1")
-        finally:
-            await peer.close()
-    assert never_sent(error.value)
-
-
-async def test_a_peer_with_another_certificate_gets_nothing(host: RunningHost, us: tuple[HostIdentity, Trust]) -> None:
-    peer = PeerClient(host.url, us[1].client_context("00" * 32, host.identity.certificate))
-    try:
-        with pytest.raises(HostlerError) as error:
-            await peer.accept("m1")
-    finally:
-        await peer.close()
-    assert error.value.details["sent"] is False
-    assert host.app.incoming.accepted == []
-
-
-# the serial console
-
-
-class Guest:
-    """What QEMU is to the host: a unix socket that echoes in upper case; b"bye" ends it."""
-
-    def __init__(self, path: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(path)
-        self._socket.listen()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(ConnectionError):
-                while (data := connection.recv(4096)) and data != b"bye":
-                    connection.sendall(data.upper())
-
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-        self._thread.join(PATIENCE)
-
-
-@pytest.fixture
-def guest(host: RunningHost, client: Client) -> Iterator[Guest]:
-    client.vms.create(VmCreate(name="web1"))
-    found = Guest(host.app.vms.serial_socket("web1"))
-    yield found
-    found.close()
-
-
-def test_console(host: RunningHost, guest: Guest) -> None:
-    with SerialConsole(host.target, "web1") as console:
-        console.send(b"hello")
-        assert console.receive(PATIENCE) == b"HELLO"
-        with SerialConsole(host.target, "web1") as second, pytest.raises(InUse, match="another client"):
-            second.receive(PATIENCE)
-        console.send(b"bye")
-        assert console.receive(PATIENCE) == b""
-
-
-def test_console_over_https(host: RunningHost, guest: Guest) -> None:
-    token = host.do(host.tokens.create(TokenCreate(name="t", role=Role.OPERATOR))).secret
-    with SerialConsole(Target(url=host.url, token=token, fingerprint=host.identity.fingerprint), "web1") as console:
-        console.send(b"hello")
-        assert console.receive(PATIENCE) == b"HELLO"
-    with pytest.raises(NotAuthenticated):
-        SerialConsole(Target(url=host.url, token=token, fingerprint="00" * 32), "web1")
-
-
-def test_console_of_a_vm_that_is_not_there(host: RunningHost, client: Client, tmp_path: Path) -> None:
-    with pytest.raises(NotFound):
-        SerialConsole(host.target, "nope")
-    client.vms.create(VmCreate(name="web1"))
-    with pytest.raises(WrongState):
-        SerialConsole(host.target, "web1")
-    with pytest.raises(PeerUnreachable):
-        SerialConsole(Target(socket=str(tmp_path / "none")), "web1")
-
-
-@pytest.fixture
-def pipes() -> Iterator[Any]:
-    ends = [*os.pipe(), *os.pipe()]
-    yield ends
-    for end in ends:
-        with contextlib.suppress(OSError):
-            os.close(end)
-
-
-@pytest.mark.parametrize(
-    ("typed", "text"), [(b"abc\x1dxyz", "left the console, the vm runs on"), (b"bye", "the vm has ended")]
-)
-def test_bridge(host: RunningHost, guest: Guest, pipes: list[int], typed: bytes, text: str) -> None:
-    read_in, write_in, read_out, write_out = pipes
-    os.write(write_in, b"hello")
-    with SerialConsole(host.target, "web1") as console:
-        ended: list[str] = []
-        thread = threading.Thread(target=lambda: ended.append(bridge(console, read_in, write_out)))
-        thread.start()
-        assert select.select([read_out], [], [], PATIENCE)[0], "the console wrote nothing"
-        assert os.read(read_out, 5) == b"HELLO"
-        os.write(write_in, typed)
-        thread.join(PATIENCE)
-    assert ended == [text]
-
-
-def test_bridge_ends_with_its_input(host: RunningHost, guest: Guest, pipes: list[int]) -> None:
-    read_in, write_in, _, write_out = pipes
-    os.close(write_in)
-    with SerialConsole(host.target, "web1") as console:
-        assert bridge(console, read_in, write_out) == "the input has ended"
