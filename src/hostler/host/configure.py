@@ -13,6 +13,7 @@ from hostler.model.errors import HostLacks, InUse, InvalidInput, LimitExceeded
 from hostler.model.names import check_name, new_id
 from hostler.model.nic import Nic
 from hostler.model.requests import DiskAdd, NicAdd, VmChange, VmCreate
+from hostler.model.units import MiB, format_size
 from hostler.model.vm import Firmware, VmConfig, VmRecord, VmState
 from hostler.network.mac import new_mac
 
@@ -87,6 +88,9 @@ def _cpu_model(host: Host, wanted: str | None) -> str:
 def check_config(host: Host, config: VmConfig) -> None:
     """Raises LimitExceeded or HostLacks if this host could never run that VM."""
     subject, limits = f"vm {config.name}", host.limits
+    if config.memory % MiB:
+        near = f"for example {format_size(config.memory - config.memory % MiB + MiB)}"
+        raise InvalidInput(subject, f"a memory of {config.memory} bytes is not a number of whole MiB", near)
     limits.refuse_above(subject, "vm_vcpus", config.vcpus, "its virtual processors")
     limits.refuse_above(subject, "vm_memory", config.memory, "its memory")
     limits.refuse_above(subject, "vm_nics", len(config.nics), "its network adapters")
