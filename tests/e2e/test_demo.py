@@ -61,7 +61,20 @@ def test_the_demo_plays_for_an_ordinary_user_too() -> None:
 
 def report(*holes: tuple[float, float]) -> PauseReport:
     gaps = tuple(Hole(ms, start, 0, 0) for ms, start in holes)
-    return PauseReport(9, 9, 0, 0, 0, 0, 1, 9.0, 2.0, gaps, 2.0, {})
+    return PauseReport(
+        sent=9,
+        received=9,
+        lost=0,
+        duplicates=0,
+        reordered=0,
+        went_back=0,
+        boots=1,
+        longest_gap=9.0,
+        median_gap=2.0,
+        gaps=gaps,
+        guest_gap=2.0,
+        rtt={},
+    )
 
 
 def test_a_pause_is_looked_for_where_the_move_was() -> None:
