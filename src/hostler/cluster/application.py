@@ -22,6 +22,7 @@ from hostler.host.jobs import JobRunner
 from hostler.host.operations import OPERATIONS
 from hostler.host.paths import Paths
 from hostler.host.resources import Resources
+from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
 from hostler.host.vms import VmService
 from hostler.host.volumes import Volumes
@@ -74,6 +75,7 @@ class Application:
     limits: Limits
     peers: PeerBook
     adoption: Adoption
+    roster: Roster
     volume_service: VolumeService
     _autostart: asyncio.Task[None] | None = None
 
@@ -101,8 +103,7 @@ class Application:
         await self.adoption.close()
         await self.incoming.close()
         await self.jobs.close()
-        for actor in self.host.actors.values():
-            await actor.close()
+        await self.roster.close()
         await self.hosts.close()
         self.events.close()
 
@@ -110,7 +111,7 @@ class Application:
 def build_application(parts: Parts) -> Application:
     """Put the parts together. Nothing runs before `start`."""
     host = _build_host(parts)
-    vms = VmService(host)
+    roster = Roster(host)
 
     def make_link(peer: Peer) -> PeerLink:
         context = parts.trust.client_context(peer.fingerprint, peer.certificate)
@@ -120,16 +121,17 @@ def build_application(parts: Parts) -> Application:
     migrations = MigrationService(host, peers)
     return Application(
         host=host,
-        vms=vms,
+        vms=VmService(host, roster),
         volumes=host.volumes,
         jobs=host.jobs,
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
         migrations=migrations,
-        incoming=IncomingService(host, vms, peers, parts.migration_address, parts.hook),
+        incoming=IncomingService(host, roster, peers, parts.migration_address, parts.hook),
         limits=host.limits,
         peers=peers,
-        adoption=Adoption(host, vms, {**OPERATIONS, migrations.operation.kind: migrations.operation}),
+        adoption=Adoption(host, roster, {**OPERATIONS, migrations.operation.kind: migrations.operation}),
+        roster=roster,
         volume_service=host.volumes.service,
     )
 

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-from collections.abc import Sequence
 
 import structlog
 
-from hostler.cluster.check import TargetView, blockers_at_target
+from hostler.cluster.check import blockers_at_target
 from hostler.cluster.handover import SourceWord, target_may_refuse
 from hostler.cluster.peers import PeerBook
+from hostler.cluster.target_view import look
 from hostler.host.actor import vm_key
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
+from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
-from hostler.host.vms import VmService
-from hostler.model.disk import SourceKind
 from hostler.model.errors import Blocked, HostlerError, NotPermitted, PeerRefused
 from hostler.model.migration import (
     Blocker,
@@ -33,7 +31,7 @@ from hostler.model.migration import (
     IncomingRequest,
     IncomingStatus,
 )
-from hostler.model.vm import VmConfig, VmRecord, VmState
+from hostler.model.vm import VmRecord, VmState
 from hostler.store.contract import CheckFailed, Delete, Put, Transaction
 
 log = structlog.get_logger()
@@ -71,10 +69,10 @@ class IncomingService:
     """Every move to this host."""
 
     def __init__(
-        self, host: Host, vms: VmService, peers: PeerBook, listen_address: str, hook: StepHook | None = None
+        self, host: Host, roster: Roster, peers: PeerBook, listen_address: str, hook: StepHook | None = None
     ) -> None:
         self._host = host
-        self._vms = vms
+        self._roster = roster
         self._peers = peers
         self._listen_address = listen_address
         self._hook = hook
@@ -86,48 +84,10 @@ class IncomingService:
     async def check(self, request: IncomingRequest, peer_id: str) -> list[Blocker]:
         """Everything that stands in the way of this move here."""
         self._peers.heard(peer_id)
-        return blockers_at_target(request, await self._view(request))
+        return blockers_at_target(request, await look(self._host, request, self._pending_records()))
 
-    async def _view(self, request: IncomingRequest) -> TargetView:
-        host, config = self._host, request.config
-        others = [a.record for a in host.actors.values() if a.record.id != config.id]
-        others_here = [g.record.config for g in self._pending() if g.record.config.id != config.id]
-        refusal: HostlerError | None = None
-        try:
-            host.admit(config, tuple(others_here))
-        except HostlerError as error:
-            refusal = error
-        paths = [d.source.path for d in config.disks]
-        boot = config.kernel
-        files = [*paths, *([boot.kernel, boot.initrd or boot.kernel] if boot else [])]
-        return TargetView(
-            facts=host.facts,
-            inodes=await asyncio.to_thread(inodes_of, files),
-            devices=frozenset(
-                d.source.path
-                for d in config.disks
-                if d.source.kind is SourceKind.DEVICE and os.path.exists(d.source.path)
-            ),
-            bridges=await host.resources.bridges(),
-            names=frozenset([r.name for r in others] + [c.name for c in others_here]),
-            users={r.config.run_as: r.name for r in others if r.config.run_as is not None},
-            claimed=await self._claimed(config),
-            incoming=frozenset(g.record.id for g in self._pending() if g.record.config.id == config.id),
-            admission=refusal,
-        )
-
-    async def _claimed(self, config: VmConfig) -> dict[str, str]:
-        """Paths of its disks that other VMs hold here in a way that excludes it, each with the holder's name."""
-        found: dict[str, str] = {}
-        for disk in config.disks:
-            for claim in await self._host.claims.on(disk.source.path):
-                if claim.vm != config.id and (claim.write or disk.writes):
-                    holder = self._host.actors.get(claim.vm)
-                    found[disk.source.path] = holder.record.name if holder else claim.vm
-        return found
-
-    def _pending(self) -> list[Guest]:
-        return [g for g in self._guests.values() if g.record.phase is IncomingPhase.PREPARED]
+    def _pending_records(self) -> list[Incoming]:
+        return [g.record for g in self._guests.values() if g.record.phase is IncomingPhase.PREPARED]
 
     async def status(self, move_id: str, peer_id: str) -> IncomingStatus:
         """Where a move stands. An unknown one is refused: it can never run here."""
@@ -152,7 +112,7 @@ class IncomingService:
 
     def expected(self) -> list[str]:
         """Ids of the VMs that are on their way here."""
-        return [guest.record.config.id for guest in self._pending()]
+        return [record.config.id for record in self._pending_records()]
 
     # changing
 
@@ -163,7 +123,7 @@ class IncomingService:
         if known is not None:
             self._own(known, peer_id)
             return await self._status(known)
-        blockers = blockers_at_target(request, await self._view(request))
+        blockers = await self.check(request, peer_id)
         if blockers:
             raise Blocked(
                 f"vm {request.config.name}",
@@ -252,10 +212,10 @@ class IncomingService:
         host.moved.pop(config.id, None)
         if guest.watcher is not None:
             guest.watcher.cancel()
-        actor = self._vms.adopt_record(vm, revision, machine)
+        actor = self._roster.arrive(vm, revision, machine)
         if self._hook is not None:
             await self._hook("incoming/accept", "after")
-        await self._vms.finish_arrival(actor, guest.record.run)
+        await self._roster.finish_arrival(actor, guest.record.run)
 
     async def refuse(self, move_id: str, peer_id: str) -> IncomingStatus:
         """The source gives up (or, once accepted, confirms that it has finished): end it here, or forget it."""
@@ -311,7 +271,7 @@ class IncomingService:
             elif record.phase is IncomingPhase.ACCEPTED and record.config.id in self._host.actors:
                 actor = self._host.actors[record.config.id]
                 if actor.machine is not None and actor.record.state is VmState.MIGRATING and not actor.record.job:
-                    await self._vms.finish_arrival(actor, record.run)
+                    await self._roster.finish_arrival(actor, record.run)
         self._reconciler = asyncio.create_task(self._reconcile(), name="incoming reconciler")
 
     async def _recover_prepared(self, guest: Guest) -> None:
@@ -363,12 +323,3 @@ class IncomingService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def inodes_of(paths: Sequence[str]) -> dict[str, int]:
-    """Inode numbers of those paths that exist (file systems shared between hosts show the same number to each)."""
-    found: dict[str, int] = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            found[path] = os.stat(path).st_ino
-    return found

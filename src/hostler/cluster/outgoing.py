@@ -20,8 +20,9 @@ import structlog
 from pydantic import JsonValue
 
 from hostler.cluster.handover import Answer, Owner, Qemu, SourceAction, source_asks, source_recovers
-from hostler.cluster.incoming import inodes_of, key_of_moved
+from hostler.cluster.incoming import key_of_moved
 from hostler.cluster.peers import PeerBook, PeerLink, never_sent
+from hostler.cluster.target_view import inodes_of
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine

@@ -27,7 +27,10 @@ from hostler.store.contract import Check, Delete, Put, Store, Transaction
 log = structlog.get_logger()
 T = TypeVar("T")
 
-SETTLING_EVENTS = frozenset({"STOP", "RESUME", "BLOCK_IO_ERROR", "GUEST_PANICKED", "RESET", "SUSPEND", "WAKEUP"})
+SETTLING_EVENTS = frozenset(
+    {"STOP", "RESUME", "BLOCK_IO_ERROR", "GUEST_PANICKED", "RESET", "SUSPEND", "WAKEUP", "HOSTLER_EVENTS_LOST"}
+)
+"""Events after which the actor asks QEMU how things are. The last one says that some were missed."""
 
 Released = Callable[[VmRecord], Awaitable[None]]
 """Called when a VM's QEMU is gone and its host resources are to be released."""
@@ -252,3 +255,5 @@ class VmActor:
             if task is not None:
                 task.cancel()
         await asyncio.gather(self._task, *([self._listener] if self._listener else []), return_exceptions=True)
+        if self.machine is not None:
+            await self.machine.close()

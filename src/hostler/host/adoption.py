@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import structlog
@@ -18,8 +17,8 @@ import structlog
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.operation import Operation
+from hostler.host.roster import Roster
 from hostler.host.steps import Plan
-from hostler.host.vms import VmService
 from hostler.model.errors import HostlerError
 from hostler.model.job import Job
 from hostler.model.vm import CriticalReason, VmRecord, VmState
@@ -34,9 +33,9 @@ RETRY = 5.0
 class Adoption:
     """Takes over what is there. `operations`: every kind of job on a VM, and how it is recovered."""
 
-    def __init__(self, host: Host, vms: VmService, operations: dict[str, Operation]) -> None:
+    def __init__(self, host: Host, roster: Roster, operations: dict[str, Operation]) -> None:
         self._host = host
-        self._vms = vms
+        self._roster = roster
         self._operations = operations
         self._retrying: set[asyncio.Task[None]] = set()
 
@@ -45,7 +44,7 @@ class Adoption:
         host = self._host
         unfinished = {job.id: job for job in await host.jobs.load()}
         for entry in await host.store.list("vm/"):
-            self._vms.add_actor(VmRecord.model_validate(entry.value), entry.revision)
+            self._roster.add(VmRecord.model_validate(entry.value), entry.revision)
         await asyncio.gather(*(self._adopt(actor, unfinished) for actor in list(host.actors.values())))
         for job in unfinished.values():
             if job.target not in host.actors:
@@ -117,7 +116,10 @@ class Adoption:
             if directory.name not in known:
                 log.info("host.leftover", run_dir=str(directory))
                 await host.hypervisor.kill_leftovers(directory.name, str(directory))
-                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+                await host.resources.clear(directory)
+        await host.resources.remove_stray_taps(
+            [a.record.config for a in host.actors.values() if a.machine is not None], keep
+        )
 
     async def close(self) -> None:
         """Stop trying."""

@@ -170,6 +170,18 @@ class Resources:
         except HostlerError as error:
             log.warning("vm.release-failed", what=what, why=str(error))
 
+    async def clear(self, run_dir: Path) -> None:
+        """Remove a run directory that belongs to no VM, and the exports that work in it."""
+        await self._quietly("export", self._exports.stop_all(str(run_dir)))
+        await asyncio.to_thread(shutil.rmtree, run_dir, ignore_errors=True)
+
+    async def remove_stray_taps(self, running: Iterable[VmConfig], coming: Iterable[str]) -> None:
+        """Remove this host's taps that belong to no VM that runs or is on its way here (ids)."""
+        if not self._settings.privileged or list(coming):
+            return
+        known = {self._taps.name(c.id, n.id) for c in running for n in c.nics}
+        await self._quietly("tap", self._taps.remove_leftovers(known))
+
     # one disk
 
     async def grant(self, config: VmConfig, disk: Disk) -> None:

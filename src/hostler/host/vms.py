@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 
 import structlog
 
@@ -15,7 +15,8 @@ from hostler.host.operation import Operation
 from hostler.host.operations import OPERATIONS
 from hostler.host.operations.disks import ATTACH, DETACH, require_disk, with_disk
 from hostler.host.operations.stop import SHUTDOWN
-from hostler.model.errors import AlreadyExists, HostlerError, InvalidInput, NotFound, WrongState
+from hostler.host.roster import Roster
+from hostler.model.errors import AlreadyExists, InvalidInput, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.names import nearest, new_id
 from hostler.model.requests import DiskAdd, NicAdd, ShutdownRequest, VmChange, VmCreate
@@ -32,10 +33,10 @@ ACTIONS = ("start", "pause", "resume", "save", "restore", "discard-saved", "turn
 class VmService:
     """The application functions about VMs; REST, CLI and WMI all end here."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, roster: Roster) -> None:
         self._host = host
+        self._roster = roster
         self._names = asyncio.Lock()
-        self._background: set[asyncio.Task[None]] = set()
 
     # looking
 
@@ -91,22 +92,7 @@ class VmService:
         key = vm_key(record.id)
         put = Transaction([Put(key, record.to_json())], [Check(key, ABSENT)], durable=True)
         revision = await self._host.store.commit(put)
-        return self.add_actor(record, revision)
-
-    def add_actor(self, record: VmRecord, revision: int) -> VmActor:
-        """Give a stored record its actor."""
-        actor = VmActor(self._host.store, self._host.events, record, revision, self._released)
-        self._host.actors[record.id] = actor
-        self._host.events.publish("vm", record.id, record)
-        return actor
-
-    async def _released(self, record: VmRecord) -> None:
-        """A VM's QEMU ended without a job of ours: give back what it held."""
-        try:
-            await self._host.resources.release(record.config)
-            await self._host.store.commit(await self._host.claims.plan_release(record.id, None))
-        except HostlerError as error:
-            log.warning("vm.release-failed", vm=record.id, why=str(error))
+        return self._roster.add(record, revision)
 
     async def change(self, ref: str, request: VmChange, by: str, when_off: bool = False) -> VmRecord:
         """Change it. What needs a stop is refused while it runs, or kept for the next start with `when_off`."""
@@ -237,35 +223,3 @@ class VmService:
         require_disk(actor.record, disk_id)
         limit = 30.0 if timeout is None else timeout
         return await DETACH.begin(self._host, actor, by, {"disk_id": disk_id, "timeout": limit})
-
-    # arrivals from other hosts
-
-    def adopt_record(self, record: VmRecord, revision: int, machine: Machine) -> VmActor:
-        """A VM has come here with its machine; its record is stored already."""
-        actor = self.add_actor(record, revision)
-        actor.attach(machine)
-        return actor
-
-    async def finish_arrival(self, actor: VmActor, run: bool) -> None:
-        """Let an accepted VM run (or stay paused), and tell the network where it is now."""
-        machine = actor.machine
-        assert machine is not None
-        try:
-            await self._host.resources.open_exports(actor.record.config)
-            if run:
-                await machine.run()
-        except HostlerError as error:
-            log.error("vm.arrival-trouble", vm=actor.record.id, why=str(error))
-        self._later(self._settle_arrival(actor, machine))
-
-    async def _settle_arrival(self, actor: VmActor, machine: Machine) -> None:
-        try:
-            await machine.announce()
-            await actor.settle()
-        except HostlerError as error:
-            log.warning("vm.announce-failed", vm=actor.record.id, why=str(error))
-
-    def _later(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

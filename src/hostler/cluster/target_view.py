@@ -1,0 +1,65 @@
+"""What a target finds at itself, for the check of a move to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Sequence
+
+from hostler.cluster.check import TargetView
+from hostler.host.context import Host
+from hostler.model.disk import SourceKind
+from hostler.model.errors import HostlerError
+from hostler.model.migration import Incoming, IncomingRequest
+from hostler.model.vm import VmConfig
+
+
+async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]) -> TargetView:
+    """Look at this host with the eyes of one move. `pending`: the moves to it that are under way."""
+    config = request.config
+    others = [a.record for a in host.actors.values() if a.record.id != config.id]
+    coming = [r.config for r in pending if r.config.id != config.id]
+    paths = [d.source.path for d in config.disks]
+    boot = config.kernel
+    files = [*paths, *([boot.kernel, boot.initrd or boot.kernel] if boot else [])]
+    devices = [d.source.path for d in config.disks if d.source.kind is SourceKind.DEVICE]
+    return TargetView(
+        facts=host.facts,
+        inodes=await asyncio.to_thread(inodes_of, files),
+        devices=frozenset(path for path in devices if os.path.exists(path)),
+        bridges=await host.resources.bridges(),
+        names=frozenset([r.name for r in others] + [c.name for c in coming]),
+        users={r.config.run_as: r.name for r in others if r.config.run_as is not None},
+        claimed=await _claimed(host, config),
+        incoming=frozenset(r.id for r in pending if r.config.id == config.id),
+        admission=_admission(host, config, coming),
+    )
+
+
+def _admission(host: Host, config: VmConfig, coming: Sequence[VmConfig]) -> HostlerError | None:
+    try:
+        host.admit(config, tuple(coming))
+    except HostlerError as error:
+        return error
+    return None
+
+
+async def _claimed(host: Host, config: VmConfig) -> dict[str, str]:
+    """Paths of its disks that other VMs hold here in a way that excludes it, each with the holder's name."""
+    found: dict[str, str] = {}
+    for disk in config.disks:
+        for claim in await host.claims.on(disk.source.path):
+            if claim.vm != config.id and (claim.write or disk.writes):
+                holder = host.actors.get(claim.vm)
+                found[disk.source.path] = holder.record.name if holder else claim.vm
+    return found
+
+
+def inodes_of(paths: Sequence[str]) -> dict[str, int]:
+    """Inode numbers of those paths that exist (file systems shared between hosts show the same number to each)."""
+    found: dict[str, int] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found[path] = os.stat(path).st_ino
+    return found
