@@ -87,6 +87,7 @@ class Application:
             self.host.moved[note.key.removeprefix("moved/")] = (str(note.value["name"]), str(note.value["host_name"]))
         await self.adoption.run()
         await self.incoming.recover()
+        await self.adoption.settle_arrivals()
         await self.adoption.tidy(self.incoming.expected())
         self._autostart = asyncio.create_task(autostart(self.host, self._start_vm), name="autostart")
 

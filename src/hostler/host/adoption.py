@@ -98,8 +98,14 @@ class Adoption:
             await operation.recover(self._host, actor, job)
         elif held is not None:
             await actor.let_go(held)
-        else:
+        elif actor.record.state is not VmState.MIGRATING:  # such a one has just arrived: see settle_arrivals
             await actor.settle()
+
+    async def settle_arrivals(self) -> None:
+        """After the moves to this host were recovered: settle the VMs that had arrived but were not yet let go on."""
+        for actor in list(self._host.actors.values()):
+            if actor.record.job is None:
+                await actor.settle()
 
     def _recover_without_vm(self, job: Job) -> None:
         if job.kind == "volume.create":
