@@ -34,7 +34,8 @@ BEAT_MS = 2
 DOWNTIME_LIMIT = 50
 TOTAL = "call to done, target start included"
 MOVE = "without the target's start"
-PAUSE = "pause seen outside"
+PAUSE = "pause seen outside, whole move"
+HANDOVER = "pause seen outside, hand-over"
 LOST = "beats lost (count)"
 
 
@@ -47,7 +48,7 @@ async def paused(port: int, move: Callable[[], Awaitable[dict[str, float]]]) -> 
         report = await meter.report()
     if not report.continuous:
         raise InternalError("guest", f"is not the one that was moved: {report}")
-    return {**found, PAUSE: report.longest_gap, LOST: float(report.lost)}
+    return {**found, PAUSE: report.longest_gap, HANDOVER: report.handover_gap, LOST: float(report.lost)}
 
 
 @dataclass(slots=True)

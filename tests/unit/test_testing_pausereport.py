@@ -20,7 +20,7 @@ def sign(number: int, at_ms: float, boot: str = "a", way: int = 0) -> Arrival:
 
 def test_a_hole_is_found_with_its_place() -> None:
     report = summarise([sign(0, 0), sign(1, 2), sign(2, 80, way=1), sign(3, 82, way=1)], 4, end=83 * MS)
-    assert (report.longest_gap, report.median_gap) == (78, 2)
+    assert (report.longest_gap, report.median_gap, report.handover_gap) == (78, 2, 78)
     assert (report.gaps[0].before, report.gaps[0].after, report.gaps[0].start) == (0, 1, 0.002)
     assert report.continuous
     assert report.rtt == {"p50": 1, "p90": 1, "p99": 1, "max": 1}
@@ -28,7 +28,7 @@ def test_a_hole_is_found_with_its_place() -> None:
 
 def test_a_guest_that_never_came_back_is_silent_until_the_end() -> None:
     report = summarise([sign(0, 0), sign(1, 2)], 500, end=1000 * MS)
-    assert (report.longest_gap, report.gaps[0].after) == (998, -1)
+    assert (report.longest_gap, report.gaps[0].after, report.handover_gap) == (998, -1, 0)
     assert report.lost == report.pending == 498
 
 

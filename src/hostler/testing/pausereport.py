@@ -63,6 +63,9 @@ class PauseReport:
     """Round trip: p50, p90, p99, max; empty where nothing was asked."""
     pending: int = 0
     """Those of `lost` after the last that was heard: their answers may have been under way."""
+    handover_gap: float = 0.0
+    """Longest silence between signs by different ways: the hand-over itself, where each side is a way of its own. The
+    longest gap of a move may lie elsewhere: QEMU halts the guest at the start, too, to set up its dirty log."""
 
     @property
     def continuous(self) -> bool:
@@ -90,6 +93,7 @@ def summarise(arrivals: Sequence[Arrival], sent: int | None, end: int) -> PauseR
         gaps=tuple(sorted(holes, key=lambda hole: -hole.ms)[:LISTED]),
         guest_gap=max(((b.clock - a.clock) / NS_PER_MS for a, b in pairwise(fresh)), default=0.0),
         rtt=_percentiles([(a.at - a.sent) / NS_PER_MS for a in fresh if a.sent is not None]),
+        handover_gap=max((hole.ms for hole in holes if -1 != hole.after != hole.before), default=0.0),
         pending=sent - 1 - max(numbers, default=-1) if sent is not None else 0,
     )
 
