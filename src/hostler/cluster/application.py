@@ -35,6 +35,7 @@ from hostler.model.limits import PROFILES, Limits
 from hostler.network.taps import Taps
 from hostler.storage.claims import ClaimBook
 from hostler.storage.exports import Exports
+from hostler.storage.qemu_img import QemuImg
 from hostler.storage.volumes import VolumeService
 from hostler.store.contract import Store
 
@@ -45,7 +46,7 @@ log = structlog.get_logger()
 class Parts:
     """What a host is made of. `address`: where other hosts reach this one's API (host:port, "" if nowhere), asked each
     time since the port may be chosen by the system; `migration_address`: the address QEMU listens on for memory
-    streams; `hook`: called around each step of each job (tests)."""
+    streams; `hook`: called around each step of each job (tests); `image`: instead of this host's qemu-img (tests)."""
 
     paths: Paths
     facts: HostFacts
@@ -58,6 +59,7 @@ class Parts:
     address: Callable[[], str]
     migration_address: str
     hook: StepHook | None = None
+    image: QemuImg | None = None
 
 
 @dataclass(slots=True)
@@ -143,7 +145,7 @@ def _build_host(parts: Parts) -> Host:
     limits = PROFILES[parts.facts.profile]
     actors: dict[str, VmActor] = {}
     claims = ClaimBook(parts.store, lambda vm_id: actors[vm_id].record.name if vm_id in actors else vm_id)
-    service = VolumeService(parts.store, parts.paths.volumes, limits, claims)
+    service = VolumeService(parts.store, parts.paths.volumes, limits, claims, parts.image)
     return Host(
         paths=parts.paths,
         facts=parts.facts,

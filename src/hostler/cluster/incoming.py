@@ -77,6 +77,7 @@ class IncomingService:
         self._listen_address = listen_address
         self._hook = hook
         self._guests: dict[str, Guest] = {}
+        self._accepting: set[asyncio.Task[IncomingStatus]] = set()
         self._reconciler: asyncio.Task[None] | None = None
 
     # looking
@@ -168,7 +169,10 @@ class IncomingService:
         """The source has given the VM to us: record it as ours, then let it run. PeerRefused is a definite no. Once
         begun it is finished, whether or not the caller still listens."""
         self._peers.heard(peer_id)
-        return await asyncio.shield(asyncio.create_task(self._accept(move_id, peer_id), name=f"accept {move_id}"))
+        task = asyncio.create_task(self._accept(move_id, peer_id), name=f"accept {move_id}")
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+        return await asyncio.shield(task)
 
     async def _accept(self, move_id: str, peer_id: str) -> IncomingStatus:
         guest = self._guests.get(move_id)
@@ -319,7 +323,8 @@ class IncomingService:
 
     async def close(self) -> None:
         """The daemon stops: leave the QEMUs waiting; the next daemon finds them."""
-        tasks = [t for t in [self._reconciler, *(g.watcher for g in self._guests.values())] if t is not None]
+        watchers = [g.watcher for g in self._guests.values()]
+        tasks = [t for t in (self._reconciler, *watchers, *self._accepting) if t is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
