@@ -41,6 +41,8 @@ class World:
     accepted: bool = False
     loaded: bool = False
     target_runs: bool = False
+    target_ran: bool = False  # was ever told to run
+    target_forgot: bool = False  # restarted since it accepted: does not know whether it was told to run
     target_alive: bool = True
     target_up: bool = True
     # in flight, for ever
@@ -64,7 +66,7 @@ def target_says(w: World) -> Answer:
     if not w.target_up:
         return Answer.SILENT
     if w.accepted:
-        return Answer.ACCEPTED
+        return Answer.ACCEPTED if w.target_ran or w.target_forgot else Answer.SILENT
     if not w.prepared:
         return Answer.REFUSED
     return Answer.LOADED if w.loaded and w.target_alive else Answer.WAITING
@@ -118,7 +120,9 @@ def target_steps(w: World) -> Iterator[World]:
     if w.accept_sent:
         yield from handle_accept(w)
     if w.accepted and w.target_alive and not w.target_runs:
-        yield replace(w, target_runs=True)
+        yield replace(w, target_runs=True, target_ran=True)
+    if w.accepted and not w.target_alive and not w.target_ran and not w.target_forgot:
+        yield replace(w, prepared=False, accepted=False)  # found dead before it was told to run
     if w.prepared and not w.accepted:
         if not w.target_alive:
             yield replace(w, prepared=False)
@@ -130,7 +134,8 @@ def target_steps(w: World) -> Iterator[World]:
 
 def handle_accept(w: World) -> Iterator[World]:
     if w.accepted:
-        yield replace(w, answers=w.answers | {Answer.ACCEPTED})
+        if w.target_ran or w.target_forgot:  # the answer comes after the order to run
+            yield replace(w, answers=w.answers | {Answer.ACCEPTED})
     elif w.prepared and w.loaded and w.target_alive:
         yield replace(w, accepted=True)  # recorded; runs and answers later, or dies before
     else:
@@ -138,7 +143,7 @@ def handle_accept(w: World) -> Iterator[World]:
 
 
 def restart_target(w: World) -> World:
-    w = replace(w, target_up=True)
+    w = replace(w, target_up=True, target_forgot=w.target_forgot or w.accepted)
     if w.prepared and not w.accepted and not w.target_alive:
         return replace(w, prepared=False)
     return w

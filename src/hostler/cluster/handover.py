@@ -18,6 +18,8 @@ The source's store is the authority. The target's QEMU never runs by itself: it 
     our daemon dies after GIVEN            ->  go on asking
     our QEMU dies before GIVEN             ->  if the target has it all: GIVEN (it lives on there), else it is off
 
+The target takes its "accepted" back (to "refused", recorded) only if its QEMU is found dead before it was told to run.
+
 "accepted" is recorded on the target's disk before its guest may run, "given" on the source's before the target may
 accept. A target that has refused (also because it does not know the VM) can never accept later, so "refused" is safe to
 act on. `tests/unit/test_handover_model.py` explores every interleaving of crashes, losses and repeats.

@@ -18,12 +18,12 @@ from hostler.cluster.check import blockers_at_target
 from hostler.cluster.handover import SourceWord, target_may_refuse
 from hostler.cluster.peers import PeerBook
 from hostler.cluster.target_view import look
-from hostler.host.actor import vm_key
+from hostler.host.actor import VmActor, vm_key
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
 from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
-from hostler.model.errors import Blocked, HostlerError, NotPermitted, PeerRefused
+from hostler.model.errors import Blocked, HostlerError, NotPermitted, PeerRefused, QemuFailed
 from hostler.model.migration import (
     Blocker,
     Incoming,
@@ -219,7 +219,23 @@ class IncomingService:
         actor = self._roster.arrive(vm, revision, machine)
         if self._hook is not None:
             await self._hook("incoming/accept", "after")
+        try:
+            await machine.status()
+        except QemuFailed:
+            await self._take_no_more(guest, actor)
+            return
         await self._roster.finish_arrival(actor, guest.record.run)
+
+    async def _take_no_more(self, guest: Guest, actor: VmActor) -> None:
+        """Its QEMU died between the record and the order to run: the guest has certainly not run here, so the source,
+        which still has it all, may go on. Recorded before it is told."""
+        host = self._host
+        guest.record = guest.record.but(phase=IncomingPhase.REFUSED, text="its QEMU died here before it could run")
+        await actor.delete(Transaction([Put(_key(guest.record.id), guest.record.to_json())]))
+        await host.claims.release(actor.record.id)
+        host.actors.pop(actor.record.id, None)
+        guest.ended = asyncio.get_running_loop().time()
+        await self._tidy(guest)
 
     async def refuse(self, move_id: str, peer_id: str) -> IncomingStatus:
         """The source gives up (or, once accepted, confirms that it has finished): end it here, or forget it."""

@@ -223,6 +223,8 @@ async def go_on(move: Move, run: bool) -> None:
     """Ours again (or still): let our own QEMU go on as before. Harmless when it does already, or is dead."""
     actor = move.actor
     machine = actor.machine
+    if actor.record.handed_to is not None:
+        return  # it is the target's: whatever failed here, this QEMU must not run
     if machine is not None:
         with contextlib.suppress(HostlerError):  # it is dying: the actor hears of it and settles
             await _stop_sending(machine)
@@ -331,9 +333,8 @@ def clean_up(move: Move) -> Step:
             "name": actor.record.name,
             "at": utc_now().isoformat(),
         }
-        claims = await host.claims.plan_release(actor.record.id, None)
-        writes = [Put(key_of_moved(actor.record.id), note), *claims.writes]
-        await actor.delete(Transaction(writes, claims.checks))
+        await actor.delete(Transaction([Put(key_of_moved(actor.record.id), note)]))
+        await host.claims.release(actor.record.id)
         host.actors.pop(actor.record.id, None)
         host.moved[actor.record.id] = (actor.record.name, peer.name)
         with contextlib.suppress(HostlerError):  # it may forget later: its own reconciler sees to it

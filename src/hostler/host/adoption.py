@@ -117,6 +117,10 @@ class Adoption:
         """Remove what belongs to no VM: `keep` has the ids of VMs that are on their way here."""
         host = self._host
         known = {*host.actors, *keep}
+        for entry in await host.store.list("claim-of/"):
+            vm_id = entry.key.removeprefix("claim-of/")
+            if vm_id not in host.actors:
+                await host.claims.release(vm_id)
         vms = host.paths.run_dir / "vms"
         for directory in sorted(vms.iterdir()) if vms.is_dir() else []:
             if directory.name not in known:

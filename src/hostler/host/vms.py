@@ -164,7 +164,8 @@ class VmService:
             return outcome
         await self._host.volumes.require_unused(removed, but=record.id)
         await actor.hold(new_id(), OPERATIONS["vm.start"].allow)
-        await actor.delete(await self._host.claims.plan_release(record.id, None))
+        await actor.delete()
+        await self._host.claims.release(record.id)
         self._host.actors.pop(record.id, None)
         await self._host.resources.release(record.config, forget=True)
         for path in removed:

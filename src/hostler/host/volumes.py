@@ -45,8 +45,11 @@ class Volumes:
 
     async def create(self, request: VolumeCreate, by: str) -> Job:
         """Begin to make a volume; the job's result is the volume."""
-        plan = Plan("volume.create", request.name, request.name, (self._create_step(request),))
-        return await self._jobs.start(plan, by)
+        return await self._jobs.start(self.plan_create(request), by)
+
+    def plan_create(self, request: VolumeCreate) -> Plan:
+        """The job that makes a volume."""
+        return Plan("volume.create", request.name, request.name, (self._create_step(request),))
 
     def _create_step(self, request: VolumeCreate) -> Step:
         async def do(context: JobContext) -> None:
