@@ -86,6 +86,9 @@ async def check_small_talk(guest: GuestSerial) -> None:
     memory = await guest.mem()
     assert memory.cpus == 1
     assert 100 * MiB < memory.free < memory.total < 256 * MiB
+    assert await guest.look("/proc/sys/kernel/ostype") == "Linux"
+    with pytest.raises(GuestRefused, match="cannot be read"):
+        await guest.look("/sys/no-such-file")
     with pytest.raises(GuestRefused, match="no such command: dance"):
         await guest.link.request("dance")
     with pytest.raises(GuestRefused, match="takes 3 to 4"):

@@ -91,6 +91,10 @@ class Bench:
         """Start it and let it write."""
         with host.client() as client:
             client.jobs.finish(client.vms.start("guest", wait=60))
+        self.begin_writing(host)
+
+    def begin_writing(self, host: LabHost) -> None:
+        """Let the guest, which has just booted, write its journal from the first block on."""
 
         async def begin(guest: GuestSerial) -> str:
             ping = await guest.wait_ready()

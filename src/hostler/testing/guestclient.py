@@ -225,6 +225,10 @@ class GuestSerial(DiskCalls):
     async def mem(self) -> Memory:
         return Memory.model_validate(await self.link.request("mem"))
 
+    async def look(self, path: str) -> str:
+        """A short file of the guest's /sys or /proc, on one line. GuestRefused where there is none."""
+        return str(await self.link.request("look", path))
+
     async def poweroff(self) -> None:
         """Returns when the guest has understood; then it flushes its disks and switches off."""
         await self.link.request("poweroff")

@@ -91,10 +91,16 @@ class LabHost:
             if self.daemon.poll() is not None:
                 raise InternalError(f"host {self.name}", f"its daemon ended at once:\n{self.tail()}")
             with contextlib.suppress(HostlerError), self.client(deadline=5) as client:
-                client.version()
+                self._keep_address(client)
                 return
             time.sleep(0.02)
         raise TimedOut(f"host {self.name}", f"did not answer within {START_TIMEOUT} s:\n{self.tail()}")
+
+    def _keep_address(self, client: Client) -> None:
+        """A port that was free at the first start is its own from then on: its peers know the host by it."""
+        address = client.hosts.this().address
+        if self._listen.endswith(":0") and address:
+            self._listen = address
 
     def tail(self, size: int = 6000) -> str:
         """The end of its log."""

@@ -1,7 +1,7 @@
 /* The first and only process of the micro guest. Says its first word, loads the drivers, starts everything else.
  *
  * Kernel parameters: hl.ip=ADDRESS/PREFIX, hl.gw=GATEWAY, hl.beat=ADDRESS:PORT:INTERVAL_MS, hl.rescue (a shell on the
- * serial line instead of all this).
+ * serial line instead of all this), hl.no-agent (no guest agent), hl.deaf (neither agent nor power button).
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -83,6 +83,17 @@ static void configure_network(void) {
     free(beat);
 }
 
+/* Whoever asks the guest to shut down is heard, unless the guest was told to be deaf. */
+static void listen_to_the_host(void) {
+    char *deaf = parameter("hl.deaf"), *no_agent = parameter("hl.no-agent");
+    if (!deaf)
+        power_watch_button();
+    if (!deaf && !no_agent)
+        agent_serve();
+    free(deaf);
+    free(no_agent);
+}
+
 /* A young guest may have no random numbers yet, and its first word must not wait for them. */
 static void choose_boot_id(void) {
     struct timespec clock;
@@ -104,8 +115,7 @@ int main(void) {
     load_modules();
     net_serve();
     configure_network();
-    power_watch_button();
-    agent_serve();
+    listen_to_the_host();
     serial_loop();
     return 0;
 }
