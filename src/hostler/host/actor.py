@@ -19,9 +19,9 @@ import structlog
 from hostler.host.events import EventHub
 from hostler.host.hypervisor import Machine
 from hostler.host.settle import Verdict, verdict_gone, verdict_running
-from hostler.model.errors import Busy, HostlerError, NotFound
+from hostler.model.errors import Busy, HostlerError, NotFound, QemuFailed
 from hostler.model.machine import MachineEvent
-from hostler.model.vm import HAS_PROCESS, TRANSITIONS, VmRecord, VmState
+from hostler.model.vm import HAS_PROCESS, TRANSITIONS, CriticalReason, VmRecord, VmState
 from hostler.store.contract import Check, Delete, Put, Store, Transaction
 
 log = structlog.get_logger()
@@ -124,13 +124,17 @@ class VmActor:
 
         return await self._ask(action)
 
-    async def let_go(self, job_id: str) -> None:
-        """The job has ended: take the VM back and see how it is."""
+    async def let_go(self, job_id: str, as_wished: bool = False) -> None:
+        """The job has ended: take the VM back and see how it is. `as_wished`: it succeeded, so its own word for the
+        state is believed for now, and nobody waits for the look."""
 
         async def action() -> None:
             if self._record.job == job_id and not self._deleted:
                 await self._write(self._record.but(job=None), False, None)
-                await self._settle()
+                if as_wished:
+                    self._tell(self._settle)
+                else:
+                    await self._settle()
 
         await self._ask(action)
 
@@ -177,6 +181,12 @@ class VmActor:
         self._goodbye = False
         self.gone.clear()
         self._listener = asyncio.create_task(self._listen(machine), name=f"events of vm {self._record.id}")
+
+    def present(self) -> Machine:
+        """The VM's machine. QemuFailed when its QEMU is gone."""
+        if self.machine is None:
+            raise QemuFailed(self.subject, "its QEMU is not there", "see 'hostler vm show' for the reason", gone=True)
+        return self.machine
 
     def note_last_output(self, output: str) -> None:
         """What the VM's QEMU wrote before it ended while no daemon listened."""
@@ -229,7 +239,8 @@ class VmActor:
     async def _take(self, verdict: Verdict) -> None:
         record = self._record
         if verdict.state not in TRANSITIONS[record.state] and verdict.state is not record.state:
-            verdict = Verdict(VmState.CRITICAL, verdict.reason, verdict.text)
+            text = verdict.text or f"it was {record.state}, but its QEMU is {verdict.state}"
+            verdict = Verdict(VmState.CRITICAL, verdict.reason or CriticalReason.INCONSISTENT, text)
         gone = verdict.state is VmState.OFF and record.state is not VmState.OFF
         changes: dict[str, object] = {"state": verdict.state, "reason": verdict.reason, "reason_text": verdict.text}
         if gone:

@@ -16,7 +16,7 @@ from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.steps import Plan, Step
 from hostler.model.errors import WrongState
-from hostler.model.job import Job
+from hostler.model.job import Job, JobState
 from hostler.model.names import new_id
 from hostler.model.vm import VmRecord, VmState
 
@@ -57,8 +57,8 @@ class Operation:
     def plan(self, host: Host, actor: VmActor, params: Params, job_id: str) -> Plan:
         """The job to run; it lets go of the VM at its end."""
 
-        async def finish(_job: Job) -> None:
-            await actor.let_go(job_id)
+        async def finish(job: Job) -> None:
+            await actor.let_go(job_id, as_wished=job.state is JobState.DONE)
 
         return Plan(
             kind=self.kind,
