@@ -197,6 +197,7 @@ async def prepare(machine: RawQemu, settings: RawSettings, endpoint: str) -> Non
         "max-bandwidth": settings.bandwidth or UNLIMITED,
         "downtime-limit": settings.downtime_limit,
         "multifd-channels": settings.streams,
+        "tls-creds": "",  # an earlier move, in the other direction, may have left some
     }
     if settings.keys is not None:
         user: Answer = {"username": "qemu"} if endpoint == "client" else {}
