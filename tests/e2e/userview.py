@@ -51,6 +51,12 @@ class User:
         assert "Traceback" not in done.stderr and "Errno" not in done.stderr, said
         return problem
 
+    def until_state(self, vm: str, state: str) -> None:
+        """Look again and again until the VM is in that state by itself."""
+        end = time.monotonic() + PATIENCE
+        while (found := self("vm", "show", vm)["state"]) != state:
+            assert time.monotonic() < end, f"{vm} is {found}, not {state}"
+
     @contextlib.contextmanager
     def on_terminal(self, *words: str) -> Iterator[Terminal]:
         """The command with a terminal of its own."""
@@ -78,24 +84,29 @@ class Terminal:
     def __init__(self, process: subprocess.Popen[bytes], fd: int) -> None:
         self.process = process
         self._fd = fd
+        self._unread = b""
 
     def type(self, text: bytes) -> None:
         os.write(self._fd, text)
 
     def read_until(self, text: bytes, ask: bytes = b"") -> bytes:
-        """What is written until `text` appears; `ask` is typed again every second until then."""
-        found, end, again = b"", time.monotonic() + PATIENCE, 0.0
-        while text not in found:
-            assert time.monotonic() < end, f"{text!r} did not come, only {found!r}"
+        """What is written until `text` appears, and that; `ask` is typed again every second until then."""
+        end, again = time.monotonic() + PATIENCE, 0.0
+        while text not in self._unread:
+            assert time.monotonic() < end, f"{text!r} did not come, only {self._unread!r}"
             if ask and time.monotonic() >= again:
                 self.type(ask)
                 again = time.monotonic() + 1
             if select.select([self._fd], [], [], 0.2)[0]:
-                try:
-                    found += os.read(self._fd, 65536)
-                except OSError:  # the command has ended
-                    assert text in found, f"ended without {text!r}: {found!r}"
-        return found
+                self._read(text)
+        found, _, self._unread = self._unread.partition(text)
+        return found + text
+
+    def _read(self, wanted: bytes) -> None:
+        try:
+            self._unread += os.read(self._fd, 65536)
+        except OSError as error:  # the command has ended
+            raise AssertionError(f"ended without {wanted!r}: {self._unread!r}") from error
 
 
 Traces = dict[str, frozenset[str]]
