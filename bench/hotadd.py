@@ -182,4 +182,4 @@ async def _virsh(stack: contextlib.AsyncExitStack, result: Result, place: Path, 
     libvirtd = await stack.enter_async_context(libvirt.Libvirtd("a", place / "v").running())
     await libvirtd.virsh("create", str(libvirt.domain(place / "v", guest, MEMORY_MIB, guest.cmdline)))
     heard = await _boot(stack, place / "v/serial.sock")
-    return [Contender("virsh", Virsh(libvirtd, await make_images(place, "v"), heard).run)]
+    return [Contender("virsh", Virsh(libvirtd, await make_images(place, "v"), heard).run, optional=True)]

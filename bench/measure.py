@@ -20,8 +20,11 @@ BASE = "qemu"
 
 @dataclass(frozen=True, slots=True)
 class Contender:
+    """`optional`: a round that fails ends its part, not the benchmark."""
+
     name: str
     run: Callable[[], Awaitable[Sample]]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +87,22 @@ async def in_turns(result: Result, contenders: Sequence[Contender], rounds: int 
         result.samples[contender.name] = []
     for number in range(-1, rounds):
         for contender in order(contenders, number):
-            sample = await _round(contender, number)
-            if number >= 0:
+            sample = None if contender.name in result.skipped else await _round(result, contender, number)
+            if number >= 0 and sample is not None:
                 result.samples[contender.name].append(dict(sample))
     return result
 
 
-async def _round(contender: Contender, number: int) -> Sample:
-    """One round; a failure says whose it was."""
+async def _round(result: Result, contender: Contender, number: int) -> Sample | None:
+    """One round; a failure says whose it was. None where an optional contender failed."""
+    where = f"in round {number + 1} of {contender.name}"
     try:
         return await contender.run()
     except HostlerError as error:
-        error.add_note(f"in round {number + 1} of {contender.name}")
+        if contender.optional:
+            result.skipped[contender.name] = f"failed {where}: {error}"
+            return None
+        error.add_note(where)
         raise
 
 

@@ -39,6 +39,12 @@ HANDOVER = "pause seen outside, hand-over"
 LOST = "beats lost (count)"
 
 
+WHOLE_MIB = (
+    "sends unencrypted, and gives its guest whole MiB, for which QEMU before 9.0 under TCG skips work at the start of a"
+    " move and may lose the guest's writes (see hostler.qemu.cmdline.ram_size)"
+)
+
+
 async def paused(port: int, move: Callable[[], Awaitable[dict[str, float]]]) -> Sample:
     """What `move` measured, and the pause around it. InternalError where it was not one guest that went on."""
     async with PauseMeter.beats(port) as meter:
@@ -190,6 +196,7 @@ async def run(rounds: int) -> Result:
     """The whole comparison."""
     result = Result("migrate")
     result.notes["guest"] = f"{MEMORY_MIB} MiB, idle"
+    result.notes["virsh"] = WHOLE_MIB
     async with contextlib.AsyncExitStack() as stack:
         place = stack.enter_context(workplace())
         guest = guest_in(place)
@@ -200,7 +207,7 @@ async def run(rounds: int) -> Result:
         if reason:
             result.skipped["virsh"] = reason
         else:
-            contenders.append(Contender("virsh", (await _virsh(stack, place, guest)).run))
+            contenders.append(Contender("virsh", (await _virsh(stack, place, guest)).run, optional=True))
         await in_turns(result, contenders, rounds)
         await asyncio.to_thread(shutil.rmtree, place / "keys")
         return result

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from hostler.model.errors import HostlerError
+
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,21 @@ def test_ratios_are_of_medians_and_against_the_base() -> None:
     assert (rows["qemu"].median, rows["qemu"].ratio) == (4.0, None)
     assert (rows["hostler"].median, rows["hostler"].ratio) == (5.0, 1.25)
     assert "1.25 x" in measure.table(result)
+
+
+def test_an_optional_contender_that_fails_leaves_and_the_others_go_on() -> None:
+    async def fails() -> dict[str, float]:
+        raise HostlerError("guest", "hangs")
+
+    async def works() -> dict[str, float]:
+        return {"time": 1.0}
+
+    others = [measure.Contender("qemu", works), measure.Contender("virsh", fails, optional=True)]
+    result = asyncio.run(measure.in_turns(measure.Result("x"), others, rounds=2))
+    assert len(result.samples["qemu"]) == 2
+    assert "hangs" in result.skipped["virsh"]
+    with pytest.raises(HostlerError, match="hangs"):
+        asyncio.run(measure.in_turns(measure.Result("x"), [measure.Contender("hostler", fails)], rounds=1))
 
 
 def test_who_was_left_out_is_printed_with_the_reason() -> None:

@@ -18,6 +18,9 @@ from typing import Self
 from pydantic import JsonValue
 
 from hostler.model.errors import QemuFailed, TimedOut
+from hostler.model.host import Accelerator
+from hostler.model.units import MiB
+from hostler.qemu.cmdline import ram_size
 from hostler.testing.microguest import MicroGuest
 
 Answer = dict[str, JsonValue]
@@ -35,7 +38,14 @@ def command_line(
     return [
         BINARY,
         *("-nodefaults", "-no-user-config", "-display", "none", "-M", "q35", "-accel", "tcg,thread=multi"),
-        *("-m", str(memory_mib), "-kernel", str(guest.kernel), "-initrd", str(guest.initrd)),
+        *(
+            "-m",
+            f"{ram_size(memory_mib * MiB, Accelerator.TCG)}b",
+            "-kernel",
+            str(guest.kernel),
+            "-initrd",
+            str(guest.initrd),
+        ),
         *("-append", cmdline or guest.cmdline),
         *("-qmp", f"unix:{place}/qmp.sock,server=on,wait=off"),
         *("-chardev", f"socket,id=serial,path={place}/serial.sock,server=on,wait=off", "-serial", "chardev:serial"),
