@@ -1,4 +1,4 @@
-"""Moves that go well: live and quick, a paused VM, one with firmware variables and a TPM, a busy one, one after another."""
+"""Moves that go well: live and quick, paused, busy, with firmware variables and a TPM, one after another."""
 
 from __future__ import annotations
 
