@@ -65,6 +65,11 @@ class Guest:
         self.ended = 0.0
 
 
+def _own(guest: Guest, peer_id: str) -> None:
+    if guest.record.source != peer_id:
+        raise NotPermitted(f"move {guest.record.id}", "belongs to another host")
+
+
 class IncomingService:
     """Every move to this host."""
 
@@ -96,7 +101,7 @@ class IncomingService:
         guest = self._guests.get(move_id)
         if guest is None:
             return IncomingStatus(phase=IncomingPhase.REFUSED, text="this host does not know the move")
-        self._own(guest, peer_id)
+        _own(guest, peer_id)
         return await self._status(guest)
 
     async def _status(self, guest: Guest) -> IncomingStatus:
@@ -105,11 +110,6 @@ class IncomingService:
             with contextlib.suppress(HostlerError):  # a QEMU that is dying has not loaded anything we could use
                 loaded = await guest.machine.loaded()
         return IncomingStatus(phase=record.phase, loaded=loaded, address=guest.address, text=record.text)
-
-    @staticmethod
-    def _own(guest: Guest, peer_id: str) -> None:
-        if guest.record.source != peer_id:
-            raise NotPermitted(f"move {guest.record.id}", "belongs to another host")
 
     def expected(self) -> list[str]:
         """Ids of the VMs that are on their way here."""
@@ -122,7 +122,7 @@ class IncomingService:
         self._peers.heard(peer_id)
         known = self._guests.get(request.id)
         if known is not None:
-            self._own(known, peer_id)
+            _own(known, peer_id)
             return await self._status(known)
         blockers = await self.check(request, peer_id)
         if blockers:
@@ -178,7 +178,7 @@ class IncomingService:
         guest = self._guests.get(move_id)
         if guest is None:
             raise PeerRefused(f"move {move_id}", "is not known here")
-        self._own(guest, peer_id)
+        _own(guest, peer_id)
         async with guest.lock:
             if guest.record.phase is IncomingPhase.PREPARED:
                 await self._require_loaded(guest)
@@ -243,7 +243,7 @@ class IncomingService:
         guest = self._guests.get(move_id)
         if guest is None:
             return IncomingStatus(phase=IncomingPhase.REFUSED, text="this host does not know the move")
-        self._own(guest, peer_id)
+        _own(guest, peer_id)
         async with guest.lock:
             if guest.record.phase is IncomingPhase.PREPARED:
                 await self._end(guest, "the source gave up")
@@ -271,7 +271,8 @@ class IncomingService:
         if config.id in host.actors:
             return  # it is a VM of ours by now: an earlier or later move brought it here
         await host.hypervisor.kill_leftovers(config.id, str(host.paths.vm_run(config.id)))
-        await host.resources.release(config, forget=True)
+        # Its access rights stay: they are the source's as much as ours, on the same files and for the same user.
+        await host.resources.release(config, moved=True, forget=True)
 
     async def _forget(self, guest: Guest) -> None:
         await self._host.store.commit(Transaction([Delete(_key(guest.record.id))]))
@@ -319,9 +320,13 @@ class IncomingService:
             if asyncio.get_running_loop().time() - guest.ended > REMEMBER:
                 await self._forget(guest)
             return
-        if guest.record.phase is IncomingPhase.ACCEPTED or self._peers.silent_for(guest.record.source) < ROUND:
+        if self._peers.silent_for(guest.record.source) < ROUND:
             return
         word = await self._ask_source(guest)
+        if guest.record.phase is IncomingPhase.ACCEPTED:
+            if word is not None and (word.over or not word.known):
+                await self._forget(guest)
+            return
         async with guest.lock:
             if guest.record.phase is not IncomingPhase.PREPARED:
                 return

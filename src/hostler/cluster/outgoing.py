@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from pydantic import JsonValue
@@ -138,10 +138,12 @@ def pre_copy(move: Move) -> Step:
 
     async def do(context: JobContext) -> None:
         actor = move.actor
-        assert actor.machine is not None
+        machine = actor.present()
         await actor.set(state=VmState.MIGRATING)
+        if await _sent_already(move, machine, context.job.id):
+            return
         if move.settings.mode is MigrationMode.QUICK:
-            await actor.machine.stop()
+            await machine.stop()
         try:
             result = await _send(move, context)
         except QemuFailed:
@@ -155,6 +157,12 @@ def pre_copy(move: Move) -> Step:
         await go_on(move, run=was_running(context))
 
     return Step(Phase.PRE_COPY, do, undo)
+
+
+async def _sent_already(move: Move, machine: Machine, move_id: str) -> bool:
+    """Whether an earlier attempt of the same move has sent everything."""
+    state = await machine.migration_state()
+    return state.status == "completed" and await target_has_it_all(move.peers, move.target, move_id)
 
 
 async def _lost_but_sent(move: Move, move_id: str) -> bool:
@@ -344,14 +352,16 @@ def clean_up(move: Move) -> Step:
 
 
 def steps(move: Move) -> Sequence[Step]:
-    """The whole move."""
+    """The whole move. Once the VM is given away every step is tried until it succeeds, or the VM is taken back."""
+
+    def given() -> bool:
+        return move.actor.record.handed_to is not None
+
     return (
         check(move),
         prepare_target(move),
         pre_copy(move),
-        switch_over(move),
-        resume(move),
-        clean_up(move),
+        *(replace(step, insist=given) for step in (switch_over(move), resume(move), clean_up(move))),
     )
 
 

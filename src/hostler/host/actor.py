@@ -74,7 +74,7 @@ class VmActor:
     # the queue
 
     async def _main(self) -> None:
-        while True:
+        while not (self._deleted and self._queue.empty()):
             action, reply = await self._queue.get()
             try:
                 result = await action()
@@ -88,6 +88,8 @@ class VmActor:
                     reply.set_result(result)
 
     async def _ask(self, action: Callable[[], Awaitable[T]]) -> T:
+        if self._task.done():  # the VM is deleted: nobody else changes anything any more
+            return await action()
         reply: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((action, reply))
         return await reply

@@ -18,7 +18,7 @@ from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.operation import Operation
 from hostler.host.roster import Roster
-from hostler.host.steps import Plan
+from hostler.host.steps import Plan, Step, nothing
 from hostler.model.errors import HostlerError
 from hostler.model.job import Job
 from hostler.model.vm import CriticalReason, VmRecord, VmState
@@ -48,7 +48,7 @@ class Adoption:
         await asyncio.gather(*(self._adopt(actor, unfinished) for actor in list(host.actors.values())))
         for job in unfinished.values():
             if job.target not in host.actors:
-                self._recover_without_vm(job)
+                await self._recover_without_vm(job)
 
     async def _adopt(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
         try:
@@ -107,11 +107,15 @@ class Adoption:
             if actor.record.job is None:
                 await actor.settle()
 
-    def _recover_without_vm(self, job: Job) -> None:
+    async def _recover_without_vm(self, job: Job) -> None:
+        """A job on a volume, or one that has removed its VM from here: then only its last word is missing."""
         if job.kind == "volume.create":
-            self._host.volumes.recover(job)
-            return
-        self._host.jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
+            await self._host.volumes.recover(job)
+        elif job.target in self._host.moved:
+            last = Step(job.steps[-1].name, nothing)
+            self._host.jobs.resume(Plan(job.kind, job.target, job.target_name, (last,)), job, last.name)
+        else:
+            self._host.jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
 
     async def tidy(self, keep: Iterable[str]) -> None:
         """Remove what belongs to no VM: `keep` has the ids of VMs that are on their way here."""

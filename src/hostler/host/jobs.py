@@ -31,6 +31,9 @@ KEEP_ENDED = 1000
 PROGRESS_PERIOD = 0.1
 """Seconds between two progress events of one job: quick enough for a bar, cheap with hundreds of jobs."""
 
+INSIST_FIRST, INSIST_MOST = 0.05, 5.0
+"""Seconds between attempts of a step that has no way back."""
+
 
 class Running:
     """One job under way: the context its steps work in."""
@@ -223,7 +226,7 @@ class JobRunner:
         try:
             for step in steps:
                 touched.append(step)
-                await self._do(running, step)
+                await self._do_or_insist(running, step)
         except asyncio.CancelledError:
             if running.job.id not in self._running:
                 raise  # the daemon stops: nothing is undone, the next one recovers
@@ -236,6 +239,18 @@ class JobRunner:
             log.exception("job.fault", job=running.job.id, kind=running.job.kind)
             error = InternalError(f"job {running.job.kind}", f"internal error: {caught!r}", "see the daemon's log")
         await self._end(running, touched, error)
+
+    async def _do_or_insist(self, running: Running, step: Step) -> None:
+        delay = INSIST_FIRST
+        while True:
+            try:
+                return await self._do(running, step)
+            except Exception as error:  # also a fault of ours: a job without a way back must not end in the middle
+                if not step.insist():
+                    raise
+                log.warning("job.insist", job=running.job.id, kind=running.job.kind, step=step.name, why=repr(error))
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, INSIST_MOST)
 
     async def _do(self, running: Running, step: Step) -> None:
         if any(s.name == step.name for s in running.job.steps):

@@ -42,9 +42,12 @@ def verdict_running(status: RunStatus, io_trouble: dict[str, str]) -> Verdict:
 
 
 def verdict_gone(record: VmRecord, expected: bool, output: str) -> Verdict:
-    """The state of a VM whose QEMU is gone. `expected`: it said goodbye (a SHUTDOWN event, or we asked it to end)."""
+    """The state of a VM whose QEMU is gone. `expected`: it said goodbye (a SHUTDOWN event, or we asked it to end). One
+    whose saved state has not been run on is as it was saved."""
     if record.state in (VmState.OFF, VmState.SAVED):
         return Verdict(record.state)
+    if record.saved is not None:
+        return Verdict(VmState.SAVED)
     if expected:
         return Verdict(VmState.OFF)
     said = f"; its last words: {output.strip()[-1000:]}" if output.strip() else ""

@@ -40,11 +40,13 @@ async def nothing(_context: JobContext) -> None:
 @dataclass(frozen=True, slots=True)
 class Step:
     """`do` must succeed when repeated after an interruption; `undo` must be harmless when `do` never ran, ran half, or
-    `undo` ran before."""
+    `undo` ran before. `insist`: asked when the step has failed; while it says yes there is no way back, and the step is
+    tried again until it succeeds."""
 
     name: str
     do: Action
     undo: Action = nothing
+    insist: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True)

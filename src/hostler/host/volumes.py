@@ -56,6 +56,8 @@ class Volumes:
             def show(fraction: float) -> None:
                 context.progress(Progress(fraction=fraction, text="writing the image"))
 
+            if context.job.data.get("made"):
+                return
             service = self.service
             if request.source is None:
                 assert request.size is not None
@@ -70,14 +72,26 @@ class Volumes:
                     request.source_format,
                     show,
                 )
+            await context.remember(made=True)
             self._events.publish("volume", volume.name, volume)
             context.result(volume.to_json())
 
         return Step("create", do)
 
-    def recover(self, job: Job) -> None:
-        """Unwind an interrupted creation; the storage service has tidied up at its own start."""
-        self._jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
+    async def recover(self, job: Job) -> None:
+        """End an interrupted creation. The storage service has tidied up at its own start: the volume is there, whole,
+        or nothing of it is."""
+        volume = await self._known(job.target)
+
+        async def tell(context: JobContext) -> None:
+            assert volume is not None
+            context.result(volume.to_json())
+
+        plan = Plan(job.kind, job.target, job.target_name, (Step("create", tell),))
+        if volume is not None and volume.created is not None and volume.created >= job.created:
+            self._jobs.resume(plan, job, "create")
+        else:
+            self._jobs.unwind(plan, job)
 
     async def register(self, request: VolumeRegister, by: str) -> Volume:
         """Make an existing image a volume, in place."""

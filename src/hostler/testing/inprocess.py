@@ -120,8 +120,8 @@ class Node:
                 image=PlainImages(),
             )
         )
-        self.died.clear()
         await self._application.start()
+        self.died.clear()  # as hostlerd does not answer before that
 
     def _facts(self) -> HostFacts:
         return HostFacts(

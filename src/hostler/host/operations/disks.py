@@ -64,7 +64,7 @@ def _take(host: Host, actor: VmActor, disk: Disk) -> Step:
             await host.resources.grant(actor.record.config, disk)
 
     async def undo(_context: JobContext) -> None:
-        if actor.record.config.disk(disk.id) is None and actor.machine is not None:
+        if actor.record.config.disk(disk.id) is None:
             await host.resources.revoke(actor.record.config, disk)
             await unclaim(host, actor, (disk,))
 
@@ -87,17 +87,24 @@ def detach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
             )
         await actor.machine.detach_disk(disk_id, timeout)
 
+    async def plug_again(_context: JobContext) -> None:
+        """Only a record that could not be written leads here. A failed unplug has left it plugged in."""
+        disk = actor.record.config.disk(disk_id)
+        if disk is None or actor.machine is None or disk_id in await actor.machine.attached_disks():
+            return
+        await host.resources.grant(actor.record.config, disk)
+        await actor.machine.attach_disk(disk, host.resources.export_of(actor.record.config, disk))
+
     async def record(_context: JobContext) -> None:
         disk = actor.record.config.disk(disk_id)
         if disk is None:
             return
-        if actor.machine is not None:
-            await host.resources.revoke(actor.record.config, disk)
+        await host.resources.revoke(actor.record.config, disk)
         config = without_disk(actor.record.config, disk_id)
         waiting = without_disk(actor.record.next_config, disk_id) if actor.record.next_config else None
         await unclaim(host, actor, (disk,), config=config, next_config=waiting)
 
-    return (Step("unplug", unplug), Step("record", record))
+    return (Step("unplug", unplug, plug_again), Step("record", record))
 
 
 def require_disk(record: VmRecord, disk_id: str) -> Disk:
@@ -113,5 +120,11 @@ async def _resume_detach(_host: Host, _actor: VmActor, _job: Job) -> str | None:
     return "unplug"
 
 
-ATTACH = Operation("disk.attach", "attach a disk", CHANGEABLE, attach_steps)
+async def _resume_attach(_host: Host, actor: VmActor, job: Job) -> str | None:
+    """Once it is recorded it is attached; before that, QEMU forgets it."""
+    disk = Disk.model_validate(job.params["disk"])
+    return "record" if actor.record.config.disk(disk.id) is not None else None
+
+
+ATTACH = Operation("disk.attach", "attach a disk", CHANGEABLE, attach_steps, _resume_attach)
 DETACH = Operation("disk.detach", "detach a disk", CHANGEABLE, detach_steps, _resume_detach)

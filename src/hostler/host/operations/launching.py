@@ -6,8 +6,9 @@ from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import Disk
+from hostler.model.errors import Busy
 from hostler.model.vm import VmConfig, VmState
-from hostler.store.contract import CheckFailed, Transaction
+from hostler.store.contract import CheckFailed
 
 CLAIM_TRIES = 5
 """Claims are compare-and-swap; a few losses in a row mean somebody else is quicker each time, not that it is broken."""
@@ -20,20 +21,31 @@ async def claim(host: Host, actor: VmActor, disks: tuple[Disk, ...], **changes: 
         try:
             await actor.set(False, extra, **changes)
             return
-        except CheckFailed:
+        except CheckFailed as error:
             if not left:
-                raise
+                raise _outrun(actor) from error
 
 
 async def unclaim(host: Host, actor: VmActor, disks: tuple[Disk, ...] | None = None, **changes: object) -> None:
     """Change the record and give those claims up (all of the VM's when None)."""
     ids = None if disks is None else [d.id for d in disks]
-    extra: Transaction = await host.claims.plan_release(actor.record.id, ids)
-    await actor.set(False, extra, **changes)
+    for left in reversed(range(CLAIM_TRIES)):
+        extra = await host.claims.plan_release(actor.record.id, ids)
+        try:
+            await actor.set(False, extra, **changes)
+            return
+        except CheckFailed as error:
+            if not left:
+                raise _outrun(actor) from error
+
+
+def _outrun(actor: VmActor) -> Busy:
+    return Busy(actor.subject, "others claim its disks at the same moment", "try again")
 
 
 def reserve(host: Host, actor: VmActor, state: VmState, back: VmState) -> Step:
-    """Admit the VM to this host, take its waiting configuration, claim its disks, enter `state`."""
+    """Admit the VM to this host, take its waiting configuration, claim its disks, enter `state`. The undos of a launch
+    leave a VM alone that runs: it has been launched."""
 
     async def do(_context: JobContext) -> None:
         record = actor.record
@@ -49,7 +61,7 @@ def reserve(host: Host, actor: VmActor, state: VmState, back: VmState) -> Step:
             return
         if back is VmState.OFF:
             await unclaim(host, actor, state=back)
-        else:
+        elif actor.record.saved is not None:
             await actor.set(state=back)
 
     return Step("reserve", do, undo)
@@ -62,7 +74,8 @@ def prepare(host: Host, actor: VmActor) -> Step:
         await host.resources.prepare(actor.record.config)
 
     async def undo(context: JobContext) -> None:
-        await host.resources.release(actor.record.config)
+        if actor.record.state is not VmState.RUNNING:
+            await host.resources.release(actor.record.config)
 
     return Step("prepare", do, undo)
 
@@ -71,13 +84,14 @@ def launch(host: Host, actor: VmActor, incoming: bool = False) -> Step:
     """Start QEMU with the guest stopped."""
 
     async def do(_context: JobContext) -> None:
-        spec = host.resources.spec(actor.record.config, incoming=incoming)
-        machine = await host.hypervisor.launch(spec)
-        actor.attach(machine)
-        await actor.set(process=machine.process)
+        if actor.machine is None:
+            spec = host.resources.spec(actor.record.config, incoming=incoming)
+            actor.attach(await host.hypervisor.launch(spec))
+        await actor.set(process=actor.present().process)
 
     async def undo(_context: JobContext) -> None:
-        await end_machine(host, actor)
+        if actor.record.state is not VmState.RUNNING:
+            await end_machine(host, actor)
 
     return Step("launch", do, undo)
 

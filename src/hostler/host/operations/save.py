@@ -28,17 +28,18 @@ def save_progress(context: JobContext, progress: MigrationProgress) -> None:
 
 def write(host: Host, actor: VmActor) -> Step:
     async def do(context: JobContext) -> None:
-        assert actor.machine is not None
-        was_running = actor.record.state is not VmState.PAUSED
-        await context.remember(was_running=was_running)
+        machine = actor.present()
         if actor.record.state is not VmState.SAVING:
+            await context.remember(was_running=actor.record.state is not VmState.PAUSED)
             await actor.set(state=VmState.SAVING)
         path = host.resources.saved_path(actor.record.config)
-        result = await actor.machine.save_to(path, lambda p: save_progress(context, p))
+        result = await machine.save_to(path, lambda p: save_progress(context, p))
         if result.end is not MigrationEnd.COMPLETED:
             raise QemuFailed(actor.subject, f"its memory could not be saved: {result.text or result.end}")
 
     async def undo(context: JobContext) -> None:
+        if actor.record.state is VmState.SAVED:
+            return
         host.resources.discard_saved(host.resources.saved_path(actor.record.config))
         if actor.machine is None or actor.record.state is not VmState.SAVING:
             return

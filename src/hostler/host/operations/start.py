@@ -16,9 +16,9 @@ from hostler.model.vm import VmState
 def run(actor: VmActor) -> Step:
     """Let the guest's processors go."""
 
-    async def do(_context: JobContext) -> None:
-        assert actor.machine is not None
-        await actor.machine.run()
+    async def do(context: JobContext) -> None:
+        context.no_return()
+        await actor.present().run()
         await actor.set(state=VmState.RUNNING)
 
     return Step("run", do)

@@ -1,0 +1,248 @@
+"""Every kind of job, as something that can be begun on in-process hosts: for the tests that repeat, fail, unwind and
+interrupt each step of each. `picture` is what is compared before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hostler.cluster.migrations import settings_of
+from hostler.host.operation import Operation, Params
+from hostler.host.operations import OPERATIONS
+from hostler.host.steps import Plan, Step
+from hostler.model.disk import ImageFormat
+from hostler.model.job import Job, JobState
+from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate, VolumeCreate
+from hostler.model.units import MiB
+from hostler.model.vm import VmRecord
+from hostler.qemu import access
+from hostler.testing.inprocess import Node, Site
+
+VM = "web"
+NEVER = "never"
+NEW_DISK = "disk1"
+Change = Callable[[Sequence[Step]], Sequence[Step]]
+
+
+def as_they_are(steps: Sequence[Step]) -> Sequence[Step]:
+    """The steps of a production job."""
+    return steps
+
+
+def each_done_twice(steps: Sequence[Step]) -> Sequence[Step]:
+    """As if each step had been interrupted at its very end, and repeated."""
+    return [again for step in steps for again in (step, step)]
+
+
+def each_undone_twice(steps: Sequence[Step]) -> Sequence[Step]:
+    """As if each undo had been interrupted at its very end, and repeated."""
+
+    def twice(step: Step) -> Step:
+        async def undo(context: Any) -> None:
+            await step.undo(context)
+            await step.undo(context)
+
+        return dataclasses.replace(step, undo=undo)
+
+    return [twice(step) for step in steps]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of job: how to get to where it may begin, its steps, and the step with which it has happened.
+
+    `done_by`: a failure after this step (None: after the last) leaves the outcome, one before it the beginning.
+    `forward_from` ("STEP:before|after", None: after the last): a crash from there on leads to the outcome.
+    `insists`: where a failure leaves the outcome, the step is tried again, and the job succeeds.
+    """
+
+    kind: str
+    steps: tuple[str, ...]
+    before: tuple[str, ...] = ()
+    """Actions that lead to where it begins."""
+    params: Params = field(default_factory=dict)
+    disk: bool = False
+    """Whether its parameter is a new disk."""
+    done_by: str | None = None
+    forward_from: str | None = None
+    insists: bool = False
+
+    def __str__(self) -> str:
+        return self.kind
+
+    def happened(self, step: str, edge: str) -> bool:
+        """Whether a failure there leaves the outcome."""
+        last = self.done_by or self.steps[-1]
+        return (self.steps.index(step), edge == "after") >= (self.steps.index(last), True)
+
+    def goes_forward(self, step: str, edge: str) -> bool:
+        """Whether the daemon that finds the job interrupted there finishes it."""
+        if self.forward_from == NEVER:
+            return False
+        first, _, when = (self.forward_from or f"{self.steps[-1]}:after").partition(":")
+        return (self.steps.index(step), edge == "after") >= (self.steps.index(first), when == "after")
+
+    async def prepare(self, node: Node) -> None:
+        """A VM with one disk, in the state from which the job begins."""
+        request = DiskAdd(volume=node.site.image("a.img"), format=ImageFormat.RAW)
+        await node.application.vms.create(VmCreate(name=VM, memory=64 * MiB, disks=(request,)), "test")
+        node.site.image("b.img")
+        for action in self.before:
+            await act(node, action)
+
+    async def begin(self, node: Node, change: Change = as_they_are) -> Job:
+        """Begin the job, with its steps changed."""
+        if self.kind == "volume.create":
+            plan = node.application.volumes.plan_create(VolumeCreate(name="v", size=4096, format=ImageFormat.RAW))
+            return await node.application.jobs.start(_changed(plan, change), "test")
+        host, actor = node.application.host, node.application.host.actor(VM)
+        operation, params = _operation(node, self.kind), await self._params(node)
+        steps = change(operation.steps(host, actor, params))
+        return await operation.begin(host, actor, "test", params, steps=steps)
+
+    async def _params(self, node: Node) -> Params:
+        if self.disk:
+            return {"disk": await _disk(node)}
+        if self.kind == "vm.migrate":
+            other = next(n for n in node.site.nodes if n is not node)
+            settings = settings_of(MigrateRequest(host=other.name))
+            return {"target": other.identity.host_id, "settings": settings.to_json()}
+        return self.params
+
+    async def run(self, node: Node, change: Change = as_they_are) -> Job:
+        """Begin it and wait for its end."""
+        return await node.finish(await self.begin(node, change))
+
+
+def _operation(node: Node, kind: str) -> Operation:
+    moves = node.application.migrations.operation
+    return moves if kind == moves.kind else OPERATIONS[kind]
+
+
+def _changed(plan: Plan, change: Change) -> Plan:
+    return dataclasses.replace(plan, steps=change(plan.steps))
+
+
+async def _disk(node: Node) -> Any:
+    request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW)
+    planned = await node.application.vms.attach_disk(VM, request, "test", dry_run=True)
+    assert isinstance(planned, VmRecord)
+    return planned.config.disks[-1].to_json()
+
+
+async def act(node: Node, action: str) -> None:
+    """Do one thing to the VM, and see that it worked."""
+    if action == "attach":
+        request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW)
+        job = await node.application.vms.attach_disk(VM, request, "test")
+        assert isinstance(job, Job)
+    else:
+        job = await node.application.vms.act(VM, action, "test")
+    ended = await node.finish(job)
+    assert ended.state is JobState.DONE, ended
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    Scenario("vm.start", ("reserve", "prepare", "launch", "run"), forward_from="launch:after"),
+    Scenario(
+        "vm.shutdown",
+        ("ask", "end"),
+        ("start",),
+        {"timeout": 60, "then": "leave"},
+        done_by="ask",
+        forward_from="ask:after",
+    ),
+    Scenario("vm.turn-off", ("end",), ("start",), forward_from="end:before"),
+    Scenario("vm.pause", ("stop",), ("start",), forward_from="stop:before"),
+    Scenario("vm.resume", ("run",), ("start", "pause"), forward_from="run:before"),
+    Scenario("vm.reset", ("reset",), ("start",), forward_from=NEVER),
+    Scenario("vm.save", ("write", "end"), ("start",), forward_from="end:after"),
+    Scenario(
+        "vm.restore", ("reserve", "prepare", "launch", "load", "run"), ("start", "save"), forward_from="run:before"
+    ),
+    Scenario("vm.discard-saved", ("discard",), ("start", "save"), forward_from="discard:before"),
+    Scenario("disk.attach", ("take", "plug", "record"), ("start",), disk=True),
+    Scenario(
+        "disk.detach",
+        ("unplug", "record"),
+        ("start", "attach"),
+        {"disk_id": NEW_DISK, "timeout": 30},
+        forward_from="unplug:before",
+    ),
+    Scenario(
+        "vm.migrate",
+        ("check", "prepare-target", "pre-copy", "switch-over", "resume", "clean-up"),
+        ("start",),
+        done_by="switch-over",
+        insists=True,
+        forward_from="switch-over:after",
+    ),
+    Scenario("volume.create", ("create",)),
+)
+"""One for each kind of job there is."""
+
+PLACES = [(s, step, edge) for s in SCENARIOS for step in s.steps for edge in ("before", "after")]
+"""Every moment at which something can go wrong."""
+
+
+async def picture(site: Site) -> dict[str, object]:
+    """Everything that a job may leave changed, in a form that two runs can be compared by."""
+    found: dict[str, object] = {
+        "running": sorted(
+            (_owner(site, run_dir), q.status, sorted(q.disks)) for run_dir, q in site.world.running.items()
+        ),
+        "locks": sorted(Path(path).name for path in site.world.locks),
+        "wire": sorted(site.world.wire),
+        "granted": {path.name: users for path in site.directory.glob("*.img") if (users := granted(path))},
+    }
+    for node in site.nodes:
+        found[node.name] = await _of_node(node)
+    return found
+
+
+def _owner(site: Site, run_dir: str) -> str:
+    return next(n.name for n in site.nodes if run_dir.startswith(str(n.paths.run_dir)))
+
+
+def granted(path: Path) -> int:
+    """How many users have been let in by name."""
+    with suppress(OSError):
+        entries = access.decode(os.getxattr(path, "system.posix_acl_access"))
+        return sum(e.tag is access.Tag.USER for e in entries)
+    return 0
+
+
+async def _of_node(node: Node) -> dict[str, object]:
+    host = node.application.host
+    return {
+        "vms": [await _of_vm(node, actor.record) for actor in host.actors.values()],
+        "volumes": [(v.name, v.state) for v in await node.application.volumes.list()],
+        "files": sorted(p.name for p in host.paths.volumes.glob("*")),
+        "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),
+        "claims": len(await host.store.list("claim/")),
+        "coming": node.application.incoming.expected(),
+        "busy": [j.kind for j in node.application.jobs.list() if not j.is_over],
+        "leftover state": sorted(p.name for p in (host.paths.state_dir / "vms").glob("*") if p.name not in host.actors),
+    }
+
+
+async def _of_vm(node: Node, record: VmRecord) -> dict[str, object]:
+    host = node.application.host
+    process = host.actor(record.id).machine
+    assert (record.process is None) == (process is None), f"{record.process} but {process}"
+    return {
+        "state": record.state,
+        "reason": record.reason,
+        "job": record.job,
+        "handed to": record.handed_to,
+        "disks": [d.id for d in record.config.disks],
+        "claims": sorted(c.disk for c in await host.claims.of(record.id)),
+        "saved": record.saved is not None,
+        "saved files": sorted(p.name for p in host.paths.vm_state(record.id).glob("saved*")),
+        "machine": process is not None,
+    }
