@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from hostler.model.errors import GuestRefused, HostlerError, InUse, NotFound, QemuFailed, TimedOut, WrongState
 from hostler.model.machine import RunStatus
+from hostler.model.nic import Network, Nic
 from hostler.model.vm import KernelBoot
-from hostler.qemu import commands, process
+from hostler.qemu import commands, pci, process
+from hostler.qemu.machine import QemuMachine
 from hostler.qemu.qmp import QmpSession
 from hostler.testing.machines import Rig
 
@@ -230,6 +233,30 @@ async def test_a_machine_runs_as_its_own_user(rig: Rig) -> None:
 
 
 @pytest.mark.skipif(not Path("/usr/bin/swtpm").exists(), reason="swtpm is not installed")
+async def link_is_up(machine: QemuMachine, slot: int) -> bool:
+    """What the guest sees: the status word (offset 6, virtio 1.1 section 5.1.4) in the device configuration, which QEMU
+    has at 0x2000 of the adapter's BAR 4."""
+    bar = ""
+    while not bar:  # until the firmware has given it an address
+        found = str(await machine._qmp.execute("human-monitor-command", {"command-line": "info pci"}))
+        part = re.search(rf"device +{pci.nic(slot).slot}, function 0:.*?BAR4: [^\n]* at 0x([0-9a-f]+) ", found, re.S)
+        bar = part[1] if part is not None and int(part[1], 16) + 1 & 0xFFFF_FFFF else ""
+    line = f"xp /1hx 0x{int(bar, 16) + 0x2006:x}"
+    said = str(await machine._qmp.execute("human-monitor-command", {"command-line": line}))
+    return bool(int(said.split(":")[1], 16) & 1)
+
+
+async def test_an_adapter_without_a_network_has_no_carrier(rig: Rig) -> None:
+    nics = (
+        Nic(id="none", mac="52:54:00:00:00:01", network=Network.NONE, slot=0),
+        Nic(id="user", mac="52:54:00:00:00:02", slot=1),
+    )
+    machine = await rig.start(nics=nics)
+    async with asyncio.timeout(60):
+        assert not await link_is_up(machine, 0)
+        assert await link_is_up(machine, 1)
+
+
 async def test_a_machine_with_a_tpm(rig: Rig) -> None:
     spec = rig.spec(tpm=True)
     machine = await rig.start(tpm=True)

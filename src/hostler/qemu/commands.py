@@ -68,6 +68,11 @@ async def quit_(qmp: QmpSession, deadline: float) -> None:
     await qmp.execute("quit", deadline=deadline)
 
 
+async def set_link(qmp: QmpSession, device: str, up: bool) -> None:
+    """Plug an adapter's cable in or out."""
+    await qmp.execute("set_link", {"name": device, "up": up})
+
+
 async def screendump(qmp: QmpSession, path: str) -> None:
     """Write the screen to a file that QEMU makes, as PNG."""
     await qmp.execute("screendump", {"filename": path, "format": "png"})

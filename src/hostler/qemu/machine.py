@@ -21,10 +21,11 @@ from hostler.model.errors import HostlerError, QemuFailed, TimedOut, WrongState
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, RunStatus
 from hostler.model.migration import MigrationProgress, MigrationSettings
-from hostler.model.vm import Process
+from hostler.model.nic import Network
+from hostler.model.vm import Process, VmConfig
 from hostler.qemu import cgroup, commands, hotplug, process, psk, saved, swtpm
 from hostler.qemu.blockdev import Aio
-from hostler.qemu.cmdline import aio_for
+from hostler.qemu.cmdline import aio_for, nic_device_id
 from hostler.qemu.failures import image_error, start_error
 from hostler.qemu.guest_agent import GuestAgent
 from hostler.qemu.launch import launch
@@ -208,6 +209,7 @@ class QemuHypervisor:
         started = await launch(spec, self._facts)
         try:
             qmp = await _connect(name, started, START_DEADLINE)
+            await _unplug_cables(qmp, spec.config)
             return QemuMachine(spec.config.id, name, started, qmp, aio_for(self._facts), incoming=spec.incoming)
         except QemuFailed as error:
             await _clear(spec.config.id, started)
@@ -245,6 +247,13 @@ async def _connect(name: str, found: Process, deadline: float) -> QmpSession:
     return await QmpSession.connect(
         RunDir(found.run_dir).qmp, deadline=deadline, name=name, alive=lambda: process.is_alive(found)
     )
+
+
+async def _unplug_cables(qmp: QmpSession, config: VmConfig) -> None:
+    """An adapter without a network has no carrier: QEMU gives it one all the same until it is told otherwise."""
+    for nic in config.nics:
+        if nic.network is Network.NONE:
+            await commands.set_link(qmp, nic_device_id(nic), up=False)
 
 
 async def _clear(vm_id: str, found: Process) -> None:
