@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -198,7 +198,8 @@ def test_a_move_under_way_and_at_its_end() -> None:
         "expected pause 35 ms  3 s to go"
     )
     assert views.move_line(one(JOB.but(steps=(), progress=Progress(), state=JobState.UNWINDING))) == "unwinding"
-    assert moved("web1", "beta", one(JOB)) == (
+    ended = JOB.but(state=JobState.DONE, ended=JOB.created + timedelta(seconds=11))
+    assert moved("web1", "beta", one(ended)) == (
         "vm web1 is on host beta, after 11.0 s, with a pause of 31 ms as QEMU counts it"
     )
     assert moved("web1", "beta", one(JOB.but(progress=Progress()))) == "vm web1 is on host beta"

@@ -60,6 +60,7 @@ class HostService:
             running_vms=len(running),
             memory_in_use=sum(c.memory for c in running),
             memory_free=free_memory(),
+            fingerprint=self._identity.fingerprint,
         )
 
     async def list(self) -> Sequence[HostView]:
@@ -70,7 +71,7 @@ class HostService:
     async def _look(self, peer: Peer) -> HostView:
         try:
             view = await self._peers.link(peer.id).facts()
-            return view.but(this=False, address=peer.address)
+            return view.but(this=False, address=peer.address, fingerprint=peer.fingerprint)
         except HostlerError as error:
             return HostView(
                 id=peer.id,
@@ -78,6 +79,7 @@ class HostService:
                 address=peer.address,
                 state=HostState.UNREACHABLE,
                 this=False,
+                fingerprint=peer.fingerprint,
                 text=error.cause,
             )
 

@@ -152,6 +152,7 @@ def pre_copy(move: Move) -> Step:
             return
         if result.end is not MigrationEnd.COMPLETED:
             raise QemuFailed(actor.subject, f"the transfer of its memory {result.end}: {result.text}".rstrip(": "))
+        show_end(context, result)
 
     async def undo(context: JobContext) -> None:
         await go_on(move, run=was_running(context))
@@ -225,6 +226,15 @@ def show(context: JobContext, progress: MigrationProgress) -> None:
     context.progress(
         Progress(fraction=fraction, text=f"copying memory, round {progress.rounds}", detail=progress.to_json())
     )
+
+
+def show_end(context: JobContext, result: MigrationResult) -> None:
+    """The last word on the transfer: what QEMU counted."""
+    last = MigrationProgress.model_validate(context.job.progress.detail)
+    told = {"status": "completed", "remaining": 0, "downtime": result.downtime, "expected_pause": None}
+    sent = {"transferred": result.transferred or last.transferred, "elapsed": result.total_time or last.elapsed}
+    detail = last.but(**told, **sent, remaining_time=None).to_json()
+    context.progress(Progress(fraction=1.0, text="handing it over", detail=detail))
 
 
 async def go_on(move: Move, run: bool) -> None:
@@ -332,7 +342,7 @@ def clean_up(move: Move) -> Step:
 
     async def do(context: JobContext) -> None:
         actor, host = move.actor, move.host
-        await end_machine(host, actor)
+        await end_machine(host, actor, at_once=True)
         await host.resources.release(actor.record.config, moved=True, forget=True)
         peer = move.peers.get(move.target)
         note: dict[str, JsonValue] = {

@@ -16,6 +16,7 @@ from hostler.model.requests import DiskAdd, NicAdd, VmChange, VmCreate
 from hostler.model.units import MiB, format_size
 from hostler.model.vm import Firmware, VmConfig, VmRecord, VmState
 from hostler.network.mac import new_mac
+from hostler.qemu.pci import free_nic_slot, nic_slots
 
 CHANGES_AT_ONCE = frozenset({"name", "notes", "autostart", "shutdown"})
 """Fields of VmChange that need no stop."""
@@ -185,7 +186,20 @@ def next_nic(host: Host, config: VmConfig, request: NicAdd) -> Nic:
         network=request.network,
         bridge=request.bridge,
         queues=request.queues,
+        slot=free_nic_slot(config.nics),
     )
+
+
+def with_nic(config: VmConfig, nic: Nic) -> VmConfig:
+    """The configuration with one adapter more."""
+    return config.but(nics=(*config.nics, nic))
+
+
+def without_nic(config: VmConfig, nic_id: str) -> VmConfig:
+    """The configuration without that adapter. The others stay where the guest knows them, also those that had no slot
+    of their own."""
+    slots = nic_slots(config.nics)
+    return config.but(nics=tuple(n.but(slot=slots[n.id]) for n in config.nics if n.id != nic_id))
 
 
 def _free_id(prefix: str, taken: Sequence[str]) -> str:

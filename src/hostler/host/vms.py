@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from hostler.host.actor import VmActor, vm_key
-from hostler.host.configure import change_config, needs_stop, new_config, next_disk, next_nic
+from hostler.host.configure import (
+    change_config,
+    needs_stop,
+    new_config,
+    next_disk,
+    next_nic,
+    with_nic,
+    without_nic,
+)
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
 from hostler.host.operation import Operation
@@ -122,8 +130,7 @@ class VmService:
         actor = self._off(ref, "add a network adapter")
         nic = next_nic(self._host, actor.record.config, request)
         await self._host.resources.check_nic(nic)
-        config = actor.record.config.but(nics=(*actor.record.config.nics, nic))
-        return await self._store_config(actor, config, by)
+        return await self._edit_config(actor, lambda config: with_nic(config, nic), by)
 
     async def remove_nic(self, ref: str, nic_id: str, by: str) -> VmRecord:
         """Remove an adapter. Needs the VM off."""
@@ -132,13 +139,16 @@ class VmService:
         if all(n.id != nic_id for n in config.nics):
             have = ", ".join(n.id for n in config.nics) or "none"
             raise NotFound(f"adapter {nic_id} of {actor.subject}", f"there is no such adapter; it has: {have}")
-        return await self._store_config(actor, config.but(nics=tuple(n for n in config.nics if n.id != nic_id)), by)
+        return await self._edit_config(actor, lambda config: without_nic(config, nic_id), by)
 
-    async def _store_config(self, actor: VmActor, config: VmConfig, by: str) -> VmRecord:
+    async def _edit_config(self, actor: VmActor, change: Callable[[VmConfig], VmConfig], by: str) -> VmRecord:
+        """Change the configuration, and the one that waits for the next start."""
+
         def edit(record: VmRecord) -> VmRecord:
-            if record.state is not VmState.OFF:
+            if record.state is not VmState.OFF or record.job is not None:
                 raise WrongState(actor.subject, f"is {record.state} by now", "shut it down first")
-            return record.but(config=config)
+            waiting = change(record.next_config) if record.next_config else None
+            return record.but(config=change(record.config), next_config=waiting)
 
         record = await actor.change(edit)
         log.info("vm.changed", vm=record.id, by=by)

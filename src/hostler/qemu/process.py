@@ -18,6 +18,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
@@ -30,6 +31,8 @@ LAST_OUTPUT: Final = 4096
 """Bytes of the log that are read back; the log itself is QEMU's and may have grown to any size."""
 
 _KILL_DEADLINE: Final = 20.0
+_LOOKS, _LOOK_AGAIN = 20, 0.001
+"""Looks at a process in the middle of execve(2), and seconds between them; it takes microseconds as a rule."""
 """Seconds a killed process may take to go: long, because freeing a large memory takes time on a loaded machine."""
 
 _FILES: Final = 16_384
@@ -115,10 +118,28 @@ def find_by_arguments(arguments: Sequence[str], run_dir: str, pid_file: str) -> 
     wanted = "\0".join(["", *arguments, ""]).encode()
     trusted = _trusted_users(run_dir)
     for pid in candidates:
-        started = start_time(pid) if wanted in _command_line(pid) and _is_of(pid, trusted) else None
+        started = start_time(pid) if wanted in _settled_line(pid) and _is_of(pid, trusted) else None
         if started is not None and pid != os.getpid():
             return Process(pid=pid, started=started, run_dir=run_dir)
     return None
+
+
+def _settled_line(pid: int) -> bytes:
+    """Its command line. One that is just executing another program shows an empty one for a moment, as kernel threads
+    always do; those have no program."""
+    for _ in range(_LOOKS):
+        line = _command_line(pid)
+        if line or not _has_program(pid):
+            return line
+        time.sleep(_LOOK_AGAIN)
+    return b""
+
+
+def _has_program(pid: int) -> bool:
+    try:
+        return bool(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return False
 
 
 async def wait_gone(process: Process) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 
 import click
 
@@ -72,8 +73,9 @@ def moved(vm: str, to: str, job: Json) -> str:
     """What is said at the end of a move."""
     detail = job["progress"].get("detail") or {}
     text = f"vm {vm} is on host {to}"
-    if detail.get("elapsed"):
-        text += f", after {detail['elapsed'] / 1000:.1f} s"
+    if job.get("ended"):
+        took = datetime.fromisoformat(job["ended"]) - datetime.fromisoformat(job["created"])
+        text += f", after {took.total_seconds():.1f} s"
     if detail.get("downtime") is not None:
         text += f", with a pause of {detail['downtime']} ms as QEMU counts it"
     return text

@@ -96,12 +96,16 @@ def launch(host: Host, actor: VmActor, incoming: bool = False) -> Step:
     return Step("launch", do, undo)
 
 
-async def end_machine(host: Host, actor: VmActor) -> None:
-    """End the VM's QEMU, whether or not we ever got hold of it; harmless when there is none."""
+async def end_machine(host: Host, actor: VmActor, at_once: bool = False) -> None:
+    """End the VM's QEMU, whether or not we ever got hold of it; harmless when there is none. `at_once`: kill it. That
+    is for one whose guest and disks are elsewhere already: it has nothing left to write, and one whose exports are
+    closed would wait for them for seconds."""
     actor.expect_end()
-    if actor.machine is not None:
+    config: VmConfig = actor.record.config
+    if actor.machine is not None and not at_once:
         await actor.machine.quit()
         await actor.gone.wait()
-    config: VmConfig = actor.record.config
     await host.hypervisor.kill_leftovers(config.id, str(host.paths.vm_run(config.id)))
+    if actor.machine is not None:
+        await actor.gone.wait()
     await actor.set(process=None)
