@@ -113,8 +113,9 @@ async def test_a_device_is_claimed_by_its_number(book: ClaimBook, tmp_path: Path
     assert real_path("/dev/loop0") == f"device:{os.major(number)}:{os.minor(number)}"
     (tmp_path / "by-name").symlink_to("/dev/loop0")
     await book.claim("a", [disk("/dev/loop0")], 1)
-    with pytest.raises(InUse):
+    with pytest.raises(InUse) as refused:
         await book.claim("b", [disk(tmp_path / "by-name")], 1)
+    assert refused.value.object == f"volume {tmp_path}/by-name", "as its asker called it, not by a number"
 
 
 async def test_a_plan_is_committed_together_with_other_records(book: ClaimBook, store: SqliteStore) -> None:

@@ -64,17 +64,17 @@ class ClaimBook:
         """The transaction that claims `disks` for `vm`, all or none, beside what it has. Idempotent; a higher
         generation replaces the VM's own lower one. InUse names the holder; WrongState when a later owner has it.
         CheckFailed at its commit means that somebody else was faster: plan again."""
-        wanted: dict[str, list[Claim]] = {}
+        wanted: dict[str, list[tuple[Claim, str]]] = {}
         for disk in disks:
             path = real_path(disk.source.path)
             claim = Claim(path=path, vm=vm, disk=disk.id, write=disk.writes, generation=generation)
-            wanted.setdefault(path, []).append(claim)
+            wanted.setdefault(path, []).append((claim, f"{disk.source.kind} {disk.source.path}"))
         held = [await self._held(path) for path in sorted(wanted)]
         writes: list[Put | Delete] = []
         for thing in held:
             claims = thing.claims
-            for claim in wanted[thing.path]:
-                claims = self._with(claims, claim)
+            for claim, subject in wanted[thing.path]:
+                claims = self._with(claims, claim, subject)
             if claims != thing.claims:
                 writes.append(_put(thing.path, claims))
         listed, revision = await self._listed(vm)
@@ -160,18 +160,18 @@ class ClaimBook:
             disk=holder.disk,
         )
 
-    def _with(self, claims: tuple[Claim, ...], new: Claim) -> tuple[Claim, ...]:
-        """The claims on one thing with one more, or the refusal."""
+    def _with(self, claims: tuple[Claim, ...], new: Claim, subject: str) -> tuple[Claim, ...]:
+        """The claims on one thing with one more, or the refusal, which calls the thing as its asker did."""
         mine = next((c for c in claims if c.vm == new.vm and c.disk == new.disk), None)
         if mine is not None and mine.generation > new.generation:
             raise WrongState(
-                f"volume {new.path}",
+                subject,
                 f"VM {self._name_of(new.vm)} holds it with generation {mine.generation}; {new.generation} is an earlier"
                 " owner",
                 "let the VM's present owner act",
             )
         others = tuple(c for c in claims if c is not mine)
-        self.refuse([c for c in others if c.write or new.write], f"volume {new.path}")
+        self.refuse([c for c in others if c.write or new.write], subject)
         return (*others, new)
 
     async def _held(self, path: str) -> _Held:
