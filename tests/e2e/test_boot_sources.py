@@ -3,7 +3,6 @@ the guest agent, by the power button, and of a guest that does not listen."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 from bootable import boot_cd, boot_sector
-from userview import PATIENCE, User
+from userview import User, converse
 
 from hostler.model.errors import ErrorCode
 from hostler.testing import microguest
@@ -60,14 +59,7 @@ def kernel_options(images: Path, more: str = "") -> list[str]:
 
 def ask(user: User, name: str, question: Callable[[GuestSerial], Awaitable[T]]) -> T:
     """One conversation with a micro guest."""
-    vm = user("vm", "show", name)["config"]["id"]
-
-    async def talk() -> T:
-        async with asyncio.timeout(PATIENCE), GuestSerial.unix(user.host.run_dir / "vms" / vm / "serial.sock") as guest:
-            await guest.wait_ready()
-            return await question(guest)
-
-    return asyncio.run(talk())
+    return converse(user.host, user("vm", "show", name)["config"]["id"], question)
 
 
 def says(user: User, name: str, line: bytes) -> None:

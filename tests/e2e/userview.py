@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,13 +12,15 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hostler.model.errors import ErrorCode
+from hostler.testing.guestclient import GuestSerial
 from hostler.testing.lab import LabHost
 
+T = TypeVar("T")
 PATIENCE = 90.0
 PROGRAM = (sys.executable, "-m", "hostler.cli")
 
@@ -37,7 +40,7 @@ class User:
 
     def __call__(self, *words: str) -> Any:
         done = self.run(*words, "--json")
-        assert done.returncode == 0, (words, done.stdout, done.stderr, self.host.tail())
+        assert done.returncode == 0, (words, done.returncode, done.stderr, done.stdout, self.host.tail())
         return json.loads(done.stdout) if done.stdout else None
 
     def refused(self, code: ErrorCode, exit_code: int, *words: str) -> dict[str, Any]:
@@ -107,6 +110,18 @@ class Terminal:
             self._unread += os.read(self._fd, 65536)
         except OSError as error:  # the command has ended
             raise AssertionError(f"ended without {wanted!r}: {self._unread!r}") from error
+
+
+def converse(host: LabHost, vm_id: str, question: Callable[[GuestSerial], Awaitable[T]]) -> T:
+    """One conversation with a micro guest on that host, once it is up."""
+
+    async def talk() -> T:
+        socket = host.run_dir / "vms" / vm_id / "serial.sock"
+        async with asyncio.timeout(PATIENCE), GuestSerial.unix(socket) as guest:
+            await guest.wait_ready()
+            return await question(guest)
+
+    return asyncio.run(talk())
 
 
 Traces = dict[str, frozenset[str]]
