@@ -19,10 +19,10 @@ import structlog
 from hostler.host.events import EventHub
 from hostler.host.hypervisor import Machine
 from hostler.host.settle import Verdict, verdict_gone, verdict_running
-from hostler.model.errors import Busy, HostlerError, NotFound, QemuFailed
+from hostler.model.errors import Busy, HostlerError, NotFound, QemuFailed, TimedOut
 from hostler.model.machine import MachineEvent
 from hostler.model.vm import HAS_PROCESS, TRANSITIONS, CriticalReason, VmRecord, VmState
-from hostler.store.contract import Check, Delete, Put, Store, Transaction
+from hostler.store.contract import Check, CheckFailed, Delete, Put, Store, Transaction
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -31,6 +31,8 @@ SETTLING_EVENTS = frozenset(
     {"STOP", "RESUME", "BLOCK_IO_ERROR", "GUEST_PANICKED", "RESET", "SUSPEND", "WAKEUP", "HOSTLER_EVENTS_LOST"}
 )
 """Events after which the actor asks QEMU how things are. The last one says that some were missed."""
+
+MAY_HAVE_PROCESS = HAS_PROCESS | {VmState.CRITICAL}
 
 Released = Callable[[VmRecord], Awaitable[None]]
 """Called when a VM's QEMU is gone and its host resources are to be released."""
@@ -57,6 +59,8 @@ class VmActor:
         self._last_output = ""
         self._deleted = False
         self.machine: Machine | None = None
+        self.silent = False
+        """Whether there is a QEMU that does not answer, so that nobody can tell how the VM is."""
         self.gone = asyncio.Event()
         """Set while there is no QEMU."""
         self.gone.set()
@@ -170,16 +174,33 @@ class VmActor:
             return self._record
         writes = [Put(vm_key(record.id), record.to_json()), *(extra.writes if extra else ())]
         checks = [Check(vm_key(record.id), self._revision), *(extra.checks if extra else ())]
-        self._revision = await self._store.commit(Transaction(writes, checks, durable))
+        try:
+            self._revision = await self._store.commit(Transaction(writes, checks, durable))
+        except (TimedOut, CheckFailed) as error:
+            if isinstance(error, CheckFailed) and error.key != vm_key(record.id):
+                raise
+            await self._read_back(record, error)
         self._record = record
         self._events.publish("vm", record.id, record)
         return record
+
+    async def _read_back(self, wanted: VmRecord, error: Exception) -> None:
+        """A write whose outcome is unknown: look. Returns if it was done; otherwise nothing was changed."""
+        entry = await self._store.get(vm_key(wanted.id))
+        if entry is not None:
+            self._revision = entry.revision
+            if entry.value == wanted.to_json():
+                return
+        if isinstance(error, TimedOut):
+            raise error
+        raise Busy(self.subject, "its record was changed by somebody else", "try again") from error
 
     # the machine
 
     def attach(self, machine: Machine) -> None:
         """From now on this machine is the VM's; its events come to the actor."""
         self.machine = machine
+        self.silent = False
         self._goodbye = False
         self.gone.clear()
         self._listener = asyncio.create_task(self._listen(machine), name=f"events of vm {self._record.id}")
@@ -227,7 +248,7 @@ class VmActor:
             return
         machine = self.machine
         if machine is None:
-            if self._record.state in HAS_PROCESS:
+            if self._record.state in MAY_HAVE_PROCESS and not self.silent:
                 await self._take(verdict_gone(self._record, self._goodbye, self._last_output))
             return
         try:

@@ -75,18 +75,23 @@ class Adoption:
 
     @staticmethod
     async def _mark_silent(actor: VmActor, error: HostlerError) -> None:
+        actor.silent = True
         if actor.record.job is None:
             text = f"its QEMU is there but does not answer: {error.cause}"
             await actor.set(state=VmState.CRITICAL, reason=CriticalReason.INCONSISTENT, reason_text=text)
 
     async def _keep_trying(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
+        held = actor.record.job
         while True:
             await asyncio.sleep(RETRY)
             if actor.machine is not None or actor.record.state is VmState.OFF:
+                actor.silent = False
                 return
             with contextlib.suppress(HostlerError):  # it still does not answer; said once is enough
                 await self._attach(actor)
-                await self._recover(actor, unfinished)
+                actor.silent = False
+                if actor.record.job == held:  # else somebody has begun to turn it off
+                    await self._recover(actor, unfinished)
                 return
 
     async def _recover(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
@@ -125,6 +130,8 @@ class Adoption:
             vm_id = entry.key.removeprefix("claim-of/")
             if vm_id not in host.actors:
                 await host.claims.release(vm_id)
+        for actor in list(host.actors.values()):
+            await self._tidy_off(actor)
         vms = host.paths.run_dir / "vms"
         for directory in sorted(vms.iterdir()) if vms.is_dir() else []:
             if directory.name not in known:
@@ -134,6 +141,15 @@ class Adoption:
         await host.resources.remove_stray_taps(
             [a.record.config for a in host.actors.values() if a.machine is not None], keep
         )
+
+    async def _tidy_off(self, actor: VmActor) -> None:
+        """A daemon that died just when a VM's end was recorded has not given back what it held."""
+        host, record = self._host, actor.record
+        if record.state is not VmState.OFF or record.job is not None or actor.machine is not None:
+            return
+        if host.paths.vm_run(record.id).exists():
+            await host.resources.release(record.config)
+        await host.claims.release(record.id)
 
     async def close(self) -> None:
         """Stop trying."""

@@ -265,7 +265,8 @@ class JobRunner:
     async def _end(self, running: Running, touched: Sequence[Step], error: HostlerError | None) -> None:
         state = JobState.DONE
         if error is not None:
-            await running.save(state=JobState.UNWINDING, cancellable=False)
+            with contextlib.suppress(HostlerError):  # a full disk must not keep it from being undone
+                await running.save(state=JobState.UNWINDING, cancellable=False)
             await self._undo(running, touched)
             state = JobState.CANCELLED if isinstance(error, Cancelled) else JobState.FAILED
         final = running.job.model_copy(
@@ -277,11 +278,26 @@ class JobRunner:
                 "progress": running.job.progress.model_copy(update={} if error else {"fraction": 1.0}),
             }
         )
-        if running.plan.finish is not None:
-            await running.plan.finish(final)
-        await running.save(**dict(final))
+        await self._conclude(running, final)
         self._running.pop(final.id, None)
         running.over.set()
+
+    async def _conclude(self, running: Running, final: Job) -> None:
+        """Give back what the job holds and store its end. Where that fails (a full disk) it is tried until it succeeds,
+        while whoever waits already learns how the job ended."""
+        delay = INSIST_FIRST
+        while True:
+            try:
+                if running.plan.finish is not None:
+                    await running.plan.finish(final)
+                return await running.save(**dict(final))
+            except HostlerError as error:
+                log.warning("job.end-not-stored", job=final.id, kind=final.kind, why=str(error))
+            running._job = final
+            self.show(final)
+            running.over.set()
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, INSIST_MOST)
 
     async def _undo(self, running: Running, touched: Sequence[Step]) -> None:
         for step in reversed(touched):

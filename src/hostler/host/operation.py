@@ -70,10 +70,25 @@ class Operation:
             finish=finish,
         )
 
-    async def begin(self, host: Host, actor: VmActor, by: str, params: Params | None = None, **plan: Any) -> Job:
-        """Hold the VM and start the job. WrongState or Busy if it may not."""
+    async def begin(
+        self,
+        host: Host,
+        actor: VmActor,
+        by: str,
+        params: Params | None = None,
+        require: Callable[[VmRecord], None] | None = None,
+        **plan: Any,
+    ) -> Job:
+        """Hold the VM and start the job. WrongState or Busy if it may not. `require` raises what else stands in its
+        way, judged at the moment from which nobody else changes the VM."""
         job_id = new_id()
-        await actor.hold(job_id, self.allow)
+
+        def check(record: VmRecord) -> None:
+            self.allow(record)
+            if require is not None:
+                require(record)
+
+        await actor.hold(job_id, check)
         try:
             made = replace(self.plan(host, actor, params or {}, job_id), **plan)
             return await host.jobs.start(made, by, job_id)

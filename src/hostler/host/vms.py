@@ -21,7 +21,7 @@ from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
 from hostler.host.operation import Operation
 from hostler.host.operations import OPERATIONS
-from hostler.host.operations.disks import ATTACH, DETACH, require_disk, with_disk
+from hostler.host.operations.disks import ATTACH, DETACH, require_disk, require_free_place, with_disk
 from hostler.host.operations.stop import SHUTDOWN
 from hostler.host.roster import Roster
 from hostler.model.errors import AlreadyExists, InvalidInput, NotFound, WrongState
@@ -45,6 +45,7 @@ class VmService:
         self._host = host
         self._roster = roster
         self._names = asyncio.Lock()
+        self._macs = asyncio.Lock()
 
     # looking
 
@@ -108,17 +109,17 @@ class VmService:
         async with self._names:
             if request.name is not None and request.name != actor.record.name:
                 self._require_free_name(request.name)
-            stop = needs_stop(actor.record, request)
-            if stop and not when_off:
-                raise WrongState(
-                    actor.subject,
-                    f"is {actor.record.state}; to change {', '.join(stop)} it must be off",
-                    "shut it down first, or keep the change for its next start with '--when-off'",
-                    fields=list(stop),
-                )
-            now, later = change_config(host, actor.record, request, bool(stop))
 
             def edit(record: VmRecord) -> VmRecord:
+                stop = needs_stop(record, request)
+                if stop and not when_off:
+                    raise WrongState(
+                        actor.subject,
+                        f"is {record.state}; to change {', '.join(stop)} it must be off",
+                        "shut it down first, or keep the change for its next start with '--when-off'",
+                        fields=list(stop),
+                    )
+                now, later = change_config(host, record, request, bool(stop))
                 return record.but(config=now, next_config=later)
 
             record = await actor.change(edit)
@@ -128,9 +129,10 @@ class VmService:
     async def add_nic(self, ref: str, request: NicAdd, by: str) -> VmRecord:
         """Add an adapter. Needs the VM off."""
         actor = self._off(ref, "add a network adapter")
-        nic = next_nic(self._host, actor.record.config, request)
-        await self._host.resources.check_nic(nic)
-        return await self._edit_config(actor, lambda config: with_nic(config, nic), by)
+        await self._host.resources.check_nic(next_nic(self._host, actor.record.config, request))
+        async with self._macs:
+            nic = next_nic(self._host, actor.record.config, request)
+            return await self._edit_config(actor, lambda config: with_nic(config, nic), by)
 
     async def remove_nic(self, ref: str, nic_id: str, by: str) -> VmRecord:
         """Remove an adapter. Needs the VM off."""
@@ -170,9 +172,9 @@ class VmService:
             removed = [d.source.path for d in record.config.disks if self._host.volumes.is_deletable(d)]
         kept = [d.source.path for d in record.config.disks if d.source.path not in removed]
         outcome = Deleted(id=record.id, removed=tuple(removed), kept=tuple(kept))
+        await self._host.volumes.require_unused(removed, but=record.id)
         if dry_run:
             return outcome
-        await self._host.volumes.require_unused(removed, but=record.id)
         await actor.hold(new_id(), OPERATIONS["vm.start"].allow)
         await actor.delete()
         await self._host.claims.release(record.id)
@@ -226,7 +228,9 @@ class VmService:
         disk = next_disk(self._host, actor.record, request, source)
         if dry_run:
             return actor.record.but(config=with_disk(actor.record.config, disk))
-        return await ATTACH.begin(self._host, actor, by, {"disk": disk.to_json()})
+        return await ATTACH.begin(
+            self._host, actor, by, {"disk": disk.to_json()}, require=lambda now: require_free_place(now, disk)
+        )
 
     async def detach_disk(self, ref: str, disk_id: str, by: str, timeout: float | None = None) -> Job:
         """Begin to detach a disk; `timeout` seconds (default 30) for the guest to let go."""

@@ -36,6 +36,8 @@ class HostView(Record):
     memory_in_use: int = 0
     """Bytes promised to running VMs."""
     memory_free: int = 0
+    fingerprint: str = ""
+    """SHA-256 of its certificate (hex), as a client or another host pins it."""
     text: str = ""
 
 

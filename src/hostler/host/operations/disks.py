@@ -15,7 +15,7 @@ from hostler.host.operation import Operation, Params
 from hostler.host.operations.launching import claim, unclaim
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import Bus, Disk
-from hostler.model.errors import NotFound, WrongState
+from hostler.model.errors import Busy, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.vm import VmConfig, VmRecord, VmState
 
@@ -114,6 +114,13 @@ def require_disk(record: VmRecord, disk_id: str) -> Disk:
         have = ", ".join(d.id for d in record.config.disks) or "none"
         raise NotFound(f"disk {disk_id} of vm {record.name}", f"there is no such disk; it has: {have}")
     return disk
+
+
+def require_free_place(record: VmRecord, disk: Disk) -> None:
+    """Busy when another disk has taken the id or the address that was planned for this one."""
+    everything = [*record.config.disks, *(record.next_config.disks if record.next_config else ())]
+    if any(d.id == disk.id or d.address == disk.address for d in everything):
+        raise Busy(f"vm {record.name}", "was given another disk at the same moment", "try again")
 
 
 async def _resume_detach(_host: Host, _actor: VmActor, _job: Job) -> str | None:
