@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from hostler.cluster import incoming
 from hostler.host.operations import OPERATIONS
 from hostler.model.errors import HostLacks
 from hostler.model.job import JobState
@@ -26,14 +24,6 @@ pytestmark = pytest.mark.unit
 
 OUTCOMES: dict[str, dict[str, object]] = {}
 """What is there after each kind of job went well, by kind."""
-
-
-@pytest.fixture
-async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    monkeypatch.setattr(incoming, "ROUND", 0.05)
-    with tempfile.TemporaryDirectory(prefix="ho", dir="/tmp") as name:
-        async with Site(Path(name)) as made:
-            yield made
 
 
 async def hosts(site: Site) -> tuple[Node, Node]:

@@ -45,6 +45,13 @@ PATIENCE = 60.0
 """Seconds a job may take on a loaded machine; one that hangs is a failure of the test."""
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let everybody else go on until the condition holds. TimeoutError if it never does."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - the condition may be about anything
+            await asyncio.sleep(0.001)
+
+
 class PlainImages(QemuImg):
     """Makes raw images without a process."""
 
