@@ -135,7 +135,7 @@ class Volumes:
             near = nearest(request.volume, names)
             advice = f"did you mean {near!r}?" if near else "give the name of a volume or an absolute path"
             raise NotFound(f"volume {request.volume}", "there is no such volume", advice)
-        found = await self.service.inspect(request.volume, request.format)
+        found = await self.service.look(request.volume, request.format)
         if found.format is ImageFormat.RAW and request.format is not ImageFormat.RAW:
             raise InvalidInput(
                 f"volume {request.volume}",

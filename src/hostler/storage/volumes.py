@@ -114,9 +114,17 @@ class VolumeService:
     async def inspect(self, path: str, format: ImageFormat | None = None) -> Volume:
         """Look closely at an image file, known or not, in use or not. For a known volume the recorded format holds,
         whatever its content looks like by now. BadImage, NotFound, InvalidInput, NotPermitted."""
+        seen = await self.look(path, format)
+        shape = await self._examine(path, seen.format)
+        return seen.but(size=shape.size, allocated=shape.allocated)
+
+    async def look(self, path: str, format: ImageFormat | None = None) -> Volume:
+        """As `inspect`, but by our own reading of the headers alone (milliseconds less): for an image that QEMU itself
+        is about to open."""
         _check_path(path)
         row = await self._catalogue.find(path)
-        shape = await self._examine(path, row.value.format if row else format)
+        declared = row.value.format if row else format
+        shape = await in_thread(f"image {path}", lambda: recognise(path, declared, deep=True))
         if row is not None:
             return row.value.but(size=shape.size, allocated=shape.allocated)
         return Volume(
