@@ -7,6 +7,7 @@ signals, and gives TLS handshakes a minute.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from typing import cast
