@@ -61,7 +61,9 @@ class RestServer:
         await self._end_requests()
         for _, state in self._served:
             for connection in list(state.connections):
-                connection.transport.abort()
+                # A TLS transport that was closed twice has let go of its protocol (asyncio of 3.11).
+                with contextlib.suppress(AttributeError):
+                    connection.transport.abort()
         self._served.clear()
 
     async def _end_requests(self) -> None:
