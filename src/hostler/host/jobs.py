@@ -44,6 +44,8 @@ class Running:
         self._job = job
         self.task: asyncio.Task[None] | None = None
         self.over = asyncio.Event()
+        self.begun = False
+        """Whether its task has run at all: a task that is cancelled before that never does."""
         self.cancel_asked = False
         self._shown = 0.0
 
@@ -66,7 +68,9 @@ class Running:
 
     def no_return(self) -> None:
         """From here on it cannot be cancelled."""
-        self._job = self._job.model_copy(update={"cancellable": False})
+        if self._job.cancellable:
+            self._job = self._job.model_copy(update={"cancellable": False})
+            self._runner.show(self._job)
 
     def result(self, result: dict[str, JsonValue]) -> None:
         """What the job hands to whoever asked for it."""
@@ -179,7 +183,8 @@ class JobRunner:
         if not running.cancel_asked:
             log.info("job.cancel", job=job.id, kind=job.kind, by=by)
             running.cancel_asked = True
-            running.task.cancel()
+            if running.begun:
+                running.task.cancel()
         return running.job
 
     async def close(self) -> None:
@@ -221,10 +226,13 @@ class JobRunner:
         return running
 
     async def _run(self, running: Running, steps: Sequence[Step], done: Sequence[Step]) -> None:
+        running.begun = True
         touched = list(done)
         error: HostlerError | None = None
         try:
             for step in steps:
+                if running.cancel_asked and running.job.cancellable:
+                    raise asyncio.CancelledError  # asked for before it began, or swallowed by what it waited for
                 touched.append(step)
                 await self._do_or_insist(running, step)
         except asyncio.CancelledError:
@@ -264,9 +272,10 @@ class JobRunner:
 
     async def _end(self, running: Running, touched: Sequence[Step], error: HostlerError | None) -> None:
         state = JobState.DONE
+        running.no_return()
         if error is not None:
             with contextlib.suppress(HostlerError):  # a full disk must not keep it from being undone
-                await running.save(state=JobState.UNWINDING, cancellable=False)
+                await running.save(state=JobState.UNWINDING)
             await self._undo(running, touched)
             state = JobState.CANCELLED if isinstance(error, Cancelled) else JobState.FAILED
         final = running.job.model_copy(
