@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 from hostler.cluster.check import TargetView
+from hostler.host.configure import check_limits
 from hostler.host.context import Host
 from hostler.model.disk import SourceKind
 from hostler.model.errors import HostlerError
@@ -39,6 +40,7 @@ async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]
 
 def _admission(host: Host, config: VmConfig, coming: Sequence[VmConfig]) -> HostlerError | None:
     try:
+        check_limits(host.limits, config)
         host.admit(config, tuple(coming))
     except HostlerError as error:
         return error

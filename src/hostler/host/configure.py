@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from hostler.host.context import Host
 from hostler.model.disk import Bus, Disk, DiskSource, Media
 from hostler.model.errors import HostLacks, InUse, InvalidInput, LimitExceeded
+from hostler.model.limits import Limits
 from hostler.model.names import check_name, new_id
 from hostler.model.nic import Nic
 from hostler.model.requests import DiskAdd, NicAdd, VmChange, VmCreate
@@ -88,22 +89,28 @@ def _cpu_model(host: Host, wanted: str | None) -> str:
 
 def check_config(host: Host, config: VmConfig) -> None:
     """Raises LimitExceeded or HostLacks if this host could never run that VM."""
-    subject, limits = f"vm {config.name}", host.limits
+    subject = f"vm {config.name}"
     if config.memory % MiB:
         near = f"for example {format_size(config.memory - config.memory % MiB + MiB)}"
         raise InvalidInput(subject, f"a memory of {config.memory} bytes is not a number of whole MiB", near)
-    limits.refuse_above(subject, "vm_vcpus", config.vcpus, "its virtual processors")
-    limits.refuse_above(subject, "vm_memory", config.memory, "its memory")
-    limits.refuse_above(subject, "vm_nics", len(config.nics), "its network adapters")
-    limits.refuse_above(subject, "vm_scsi_controllers", config.scsi_controllers, "its SCSI controllers")
-    ide = sum(1 for d in config.disks if d.bus is Bus.IDE)
-    limits.refuse_above(subject, "vm_ide_disks", ide, "its IDE disks")
+    check_limits(host.limits, config)
     if config.firmware is Firmware.UEFI and host.facts.qemu.firmware_code is None:
         raise HostLacks(subject, "needs UEFI firmware, which this host has not", "install the package ovmf")
     if config.tpm and not host.facts.qemu.tpm:
         raise HostLacks(subject, "needs a TPM, but this host has no swtpm", "install the package swtpm")
     if config.secure_boot and config.firmware is not Firmware.UEFI:
         raise InvalidInput(subject, "secure boot needs UEFI firmware", "create it with --uefi")
+
+
+def check_limits(limits: Limits, config: VmConfig) -> None:
+    """Raises LimitExceeded if a VM is more than these limits allow one to be."""
+    subject = f"vm {config.name}"
+    limits.refuse_above(subject, "vm_vcpus", config.vcpus, "its virtual processors")
+    limits.refuse_above(subject, "vm_memory", config.memory, "its memory")
+    limits.refuse_above(subject, "vm_nics", len(config.nics), "its network adapters")
+    limits.refuse_above(subject, "vm_scsi_controllers", config.scsi_controllers, "its SCSI controllers")
+    ide = sum(1 for d in config.disks if d.bus is Bus.IDE)
+    limits.refuse_above(subject, "vm_ide_disks", ide, "its IDE disks")
 
 
 def next_disk(host: Host, record: VmRecord, request: DiskAdd, source: DiskSource) -> Disk:

@@ -46,7 +46,6 @@ class BlockerKind(StrEnum):
     NO_USER = "no-user"
     CAPABILITY_MISSING = "capability-missing"
     KERNEL_FILE_MISSING = "kernel-file-missing"
-    DISK_FORMAT = "disk-format"
     ALREADY_INCOMING = "already-incoming"
 
 
