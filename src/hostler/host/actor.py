@@ -34,6 +34,9 @@ SETTLING_EVENTS = frozenset(
 
 MAY_HAVE_PROCESS = HAS_PROCESS | {VmState.CRITICAL}
 
+SETTLE_AFTER = 0.05
+"""Seconds after a success until the actor looks for itself: whoever asked has the answer by then."""
+
 Released = Callable[[VmRecord], Awaitable[None]]
 """Called when a VM's QEMU is gone and its host resources are to be released."""
 
@@ -138,7 +141,7 @@ class VmActor:
             if self._record.job == job_id and not self._deleted:
                 await self._write(self._record.but(job=None), False, None)
                 if as_wished:
-                    self._tell(self._settle)
+                    asyncio.get_running_loop().call_later(SETTLE_AFTER, self._tell, self._settle)
                 else:
                     await self._settle()
 

@@ -42,9 +42,28 @@ async def attach_disk(qmp: QmpSession, disk: Disk, export: str | None = None, ai
         )
     async with AsyncExitStack() as undo:
         undo.push_async_callback(_drop_node, qmp, disk)
-        if await _make_node(qmp, disk, export, aio):
+        if not await _both_at_once(qmp, disk, export, aio) and await _make_node(qmp, disk, export, aio):
             await _add_device(qmp, disk)
         undo.pop_all()
+
+
+async def _both_at_once(qmp: QmpSession, disk: Disk, export: str | None, aio: Aio) -> bool:
+    """The usual case, one round trip shorter: both commands are sent, and QEMU does them in order. False when the first
+    was refused (then the second was, or was for a node that is there already): the careful way finds out why. An error
+    of the second alone is final, as there."""
+    node = asyncio.ensure_future(commands.blockdev_add(qmp, blockdev.blockdev_options(disk, export, aio)))
+    device = asyncio.ensure_future(_add_device(qmp, disk))
+    try:
+        made, added = await asyncio.gather(node, device, return_exceptions=True)
+    except asyncio.CancelledError:
+        await asyncio.wait({node, device})
+        raise
+    if isinstance(made, QemuFailed) and not made.details.get("gone"):
+        return False
+    for outcome in (made, added):
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return True
 
 
 async def _make_node(qmp: QmpSession, disk: Disk, export: str | None, aio: Aio) -> bool:
