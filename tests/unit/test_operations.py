@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hostler.host.operations import OPERATIONS
-from hostler.model.errors import HostLacks
+from hostler.model.errors import HostLacks, NoSpace, WrongState
 from hostler.model.job import JobState
-from hostler.testing.inprocess import Node, Site
+from hostler.model.vm import VmState
+from hostler.testing.inprocess import Node, Site, until
 from hostler.testing.scenarios import (
     PLACES,
     SCENARIOS,
@@ -98,3 +100,75 @@ async def test_the_daemon_dies_at_each_step(site: Site, scenario: Scenario, step
     else:
         assert found == before
         assert ended.state is JobState.FAILED, ended
+
+
+@pytest.mark.parametrize(("scenario", "step", "edge"), PLACES, ids=named)
+async def test_cancelled_at_each_step(site: Site, scenario: Scenario, step: str, edge: str) -> None:
+    """It is refused, and the job goes on; or everything is as it was."""
+    node, _ = await hosts(site)
+    await scenario.prepare(node)
+    before = await picture(site)
+    hang = node.faults.hang(f"{scenario.kind}/{step}:{edge}")
+    job = await scenario.begin(node)
+    await hang.reached.wait()
+    refused = False
+    try:
+        await node.application.jobs.cancel(job.id, "test")
+    except WrongState:
+        refused = True
+    hang.release.set()
+    ended = await node.finish(job)
+    await node.quiet()
+    assert ended.state is (JobState.DONE if refused else JobState.CANCELLED), ended
+    assert await picture(site) == (await outcome(scenario) if refused else before)
+
+
+@pytest.mark.parametrize(("scenario", "step", "edge"), PLACES, ids=named)
+async def test_qemu_dies_at_each_step(site: Site, scenario: Scenario, step: str, edge: str) -> None:
+    """Whatever was under way ends, and nothing is held for a QEMU that is gone."""
+    node, other = await hosts(site)
+    await scenario.prepare(node)
+    hang = node.faults.hang(f"{scenario.kind}/{step}:{edge}")
+    job = await scenario.begin(node)
+    await hang.reached.wait()
+    for qemu in list(site.world.running.values()):
+        if qemu.spec.run_dir.startswith(str(node.paths.run_dir)):
+            qemu.die("killed by the test")
+    hang.release.set()
+    await node.finish(job)
+    await node.quiet()
+    await other.quiet()
+    await until(lambda: not other.application.incoming.expected())
+    judge_the_dead(await picture(site))
+
+
+def judge_the_dead(found: dict[str, Any]) -> None:
+    vms = [vm for host in ("a", "b") for vm in found[host]["vms"]]
+    assert all(vm["job"] is None and vm["handed to"] is None for vm in vms)
+    for vm in vms:
+        assert vm["machine"] == (vm["state"] in (VmState.RUNNING, VmState.PAUSED))
+        assert vm["state"] in (VmState.OFF, VmState.SAVED, VmState.RUNNING, VmState.PAUSED)
+        assert vm["saved files"] == (["saved.state"] if vm["state"] is VmState.SAVED else [])
+        if vm["state"] is VmState.OFF:
+            assert vm["claims"] == []
+    alive = sum(vm["machine"] for vm in vms)
+    assert alive == len(found["running"]) == found["a"]["run dirs"] + found["b"]["run dirs"]
+    assert bool(found["granted"]) == bool(alive)
+    assert found["a"]["leftover state"] == found["b"]["leftover state"] == []
+
+
+@pytest.mark.parametrize(("scenario", "step", "edge"), PLACES, ids=named)
+async def test_the_disk_is_full_at_each_step(site: Site, scenario: Scenario, step: str, edge: str) -> None:
+    """One write to the store fails after it: the job ends, with everything as it was or as it was to be."""
+    node, _ = await hosts(site)
+    await scenario.prepare(node)
+    before = await picture(site)
+    hang = node.faults.hang(f"{scenario.kind}/{step}:{edge}")
+    job = await scenario.begin(node)
+    await hang.reached.wait()
+    node.disk.fail("commit", NoSpace("the store", "the disk is full"))
+    hang.release.set()
+    await node.finish(job)
+    await until(lambda: not node.application.jobs._running)
+    await node.quiet()
+    assert await picture(site) in (before, await outcome(scenario))

@@ -72,6 +72,7 @@ class Volumes:
                     request.source_format,
                     show,
                 )
+            context.no_return()
             await context.remember(made=True)
             self._events.publish("volume", volume.name, volume)
             context.result(volume.to_json())

@@ -36,6 +36,7 @@ from hostler.model.views import HostView, OutgoingStatus, PeerIntroduction
 from hostler.storage.qemu_img import QemuImg, new_file
 from hostler.store.sqlite import SqliteStore
 from hostler.testing.faults import Faults
+from hostler.testing.faulty_store import FaultyStore
 from hostler.testing.simulated import SimulatedHypervisor
 from hostler.testing.simulated_world import World
 from hostler.testing.vm_variants import FACTS
@@ -82,7 +83,9 @@ class Node:
         self.hypervisor = SimulatedHypervisor(FACTS, world=site.world)
         self.hypervisor.faults = self.faults
         self._application: Application | None = None
-        self._store: SqliteStore | None = None
+        self._store: FaultyStore | None = None
+        self.disk = Faults()
+        """Failures of its store, see hostler.testing.faulty_store."""
 
     @property
     def application(self) -> Application:
@@ -91,7 +94,7 @@ class Node:
         return self._application
 
     @property
-    def store(self) -> SqliteStore:
+    def store(self) -> FaultyStore:
         """Its store. AssertionError while it is dead."""
         assert self._store is not None, f"host {self.name} is dead"
         return self._store
@@ -109,7 +112,7 @@ class Node:
 
     async def start(self) -> None:
         """What hostlerd does at its start."""
-        self._store = await SqliteStore.open(self.paths.state_dir / "store" / "hostler.db")
+        self._store = FaultyStore(await SqliteStore.open(self.paths.state_dir / "store" / "hostler.db"), self.disk)
         trust = Trust(self.identity)
         self._application = build_application(
             Parts(
@@ -159,6 +162,7 @@ class Node:
         await self._store.close()
         self._application = self._store = None
         self.faults.clear()
+        self.disk.clear()
 
     async def finish(self, job: Job) -> Job:
         """The job when it has ended. AssertionError if it does not."""

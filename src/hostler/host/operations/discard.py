@@ -16,8 +16,8 @@ from hostler.model.vm import VmState
 def steps(host: Host, actor: VmActor, _params: Params) -> Sequence[Step]:
     async def do(context: JobContext) -> None:
         context.no_return()
-        host.resources.discard_saved(host.resources.saved_path(actor.record.config))
         await unclaim(host, actor, state=VmState.OFF, saved=None)
+        host.resources.discard_saved(host.resources.saved_path(actor.record.config))
 
     return (Step("discard", do),)
 

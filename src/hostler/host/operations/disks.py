@@ -44,7 +44,9 @@ def attach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
         if actor.machine is not None and actor.record.config.disk(disk.id) is None:
             await actor.machine.detach_disk(disk.id, 5.0)
 
-    async def record(_context: JobContext) -> None:
+    async def record(context: JobContext) -> None:
+        context.no_return()
+
         def edit(now: VmRecord) -> VmRecord:
             waiting = with_disk(now.next_config, disk) if now.next_config else None
             return now.but(config=with_disk(now.config, disk), next_config=waiting)
@@ -95,7 +97,8 @@ def detach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
         await host.resources.grant(actor.record.config, disk)
         await actor.machine.attach_disk(disk, host.resources.export_of(actor.record.config, disk))
 
-    async def record(_context: JobContext) -> None:
+    async def record(context: JobContext) -> None:
+        context.no_return()
         disk = actor.record.config.disk(disk_id)
         if disk is None:
             return

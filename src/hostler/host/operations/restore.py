@@ -40,6 +40,7 @@ def run(host: Host, actor: VmActor) -> Step:
     async def do(context: JobContext) -> None:
         context.no_return()
         machine, saved = actor.present(), host.resources.saved_path(actor.record.config)
+        await machine.status()  # a QEMU that is gone by now has not run
         if actor.record.saved is not None:
             await actor.set(durable=True, saved=None)
         try:
@@ -47,6 +48,8 @@ def run(host: Host, actor: VmActor) -> Step:
         except HostlerError:
             if await _stands_still(machine):
                 await actor.set(durable=True, saved=saved)
+            else:
+                host.resources.discard_saved(saved)
             raise
         await actor.set(state=VmState.RUNNING)
         host.resources.discard_saved(saved)

@@ -45,6 +45,7 @@ def ask(host: Host, actor: VmActor) -> Step:
         context.progress(Progress(text=f"the guest has {timeout} s to shut down"))
         try:
             await asyncio.wait_for(actor.gone.wait(), timeout)
+            context.no_return()
         except TimeoutError:
             if params["then"] == StopAction.TURN_OFF:
                 log.info("vm.shutdown-forced", vm=actor.record.id, after=timeout)
