@@ -151,7 +151,9 @@ async def test_copy_converts_grows_and_tells_how_far_it_is(
     source = tmp_path / "source.img"
     source.write_bytes(b"A" * MiB + bytes(MiB) + b"B" * 100)
     told: list[float] = []
-    made = await volumes.create_from("copy", str(source), format, on_progress=told.append)
+    made = await volumes.create_from(
+        "copy", str(source), format, source_format=ImageFormat.RAW, on_progress=told.append
+    )
     assert made.format is (format or ImageFormat.RAW)
     assert made.size == 2 * MiB + 512
     assert told[-1] == 1.0
@@ -192,7 +194,9 @@ async def test_cancelled_while_copying(volumes: VolumeService, where: Path, tmp_
     source = tmp_path / "source"
     source.write_bytes(os.urandom(32 * MiB))
     started = asyncio.Event()
-    work = volumes.create_from("a", str(source), ImageFormat.VHDX, on_progress=lambda _: started.set())
+    work = volumes.create_from(
+        "a", str(source), ImageFormat.VHDX, source_format=ImageFormat.RAW, on_progress=lambda _: started.set()
+    )
     copying = asyncio.create_task(work)
     async with asyncio.timeout(60):
         await started.wait()
@@ -229,7 +233,7 @@ async def test_a_full_disk(volumes: VolumeService, where: Path, tmp_path: Path, 
     source.write_bytes(os.urandom(8 * MiB))
     with images.small_disk(tmp_path / "small", "4m") as small:
         with pytest.raises(NoSpace):
-            await volumes.create_from("a", str(source), format, path=str(small / "a"))
+            await volumes.create_from("a", str(source), format, path=str(small / "a"), source_format=ImageFormat.RAW)
         assert images.names(small) == []
     assert await left(volumes, where) == ([], [])
 

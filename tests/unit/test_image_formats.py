@@ -48,9 +48,31 @@ def qcow2(backing: bytes = b"", features: int = 0, version: int = 3, encryption:
     return head.ljust(1024, b"\0") + backing.ljust(65_536, b"\0")
 
 
-def vhdx(flags: int = 0, size: int = SIZE, regions: bytes = b"regi") -> bytes:
+def vhdx_header(damage: bytes = b"") -> bytes:
+    """One of the two headers, with its checksum, and the damage done afterwards."""
+    header = b"head".ljust(4096, b"\0")
+    crc = 0xFFFFFFFF
+    for byte in header:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    header = header[:4] + struct.pack("<I", crc ^ 0xFFFFFFFF) + header[8:]
+    return header[: 4096 - len(damage)] + damage
+
+
+VHDX_HEADER = vhdx_header()
+
+
+def vhdx(
+    flags: int = 0,
+    size: int = SIZE,
+    regions: bytes = b"regi",
+    headers: tuple[bytes, bytes] = (VHDX_HEADER, VHDX_HEADER),
+) -> bytes:
     image = bytearray(2 * MiB + 128 * 1024)
     image[:8] = b"vhdxfile"
+    for number, header in enumerate(headers, 1):
+        image[number * 64 * 1024 : number * 64 * 1024 + 4096] = header
     guid = uuid.UUID("8B7CA206-4790-4B9A-B8FE-575F050F886E").bytes_le
     struct.pack_into("<4sII4x16sQII", image, 192 * 1024, regions, 0, 1, guid, 2 * MiB, MiB, 1)
     parameters = uuid.UUID("CAA16737-FA36-4D43-B3B6-33F0AA44E76B").bytes_le
@@ -122,11 +144,20 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "VHD of an unknown type": (dynamic(kind=7), "disk type is 7"),
     "dynamic VHD without its start": (bytes(SIZE) + footer(3), "lost its beginning"),
     "fixed VHD of another length": (bytes(SIZE - 512) + footer(2), "footer says"),
+    "VHDX with two damaged headers": (vhdx(headers=(bytes(4096), vhdx_header(b"x"))), "neither of its headers"),
     "VHDX without regions": (vhdx(regions=b"none"), "region table"),
     "VMDK": (b"KDMV".ljust(SIZE, b"\0"), "VMDK"),
     "VDI": (bytes(64) + b"\x7f\x10\xda\xbe" + bytes(SIZE), "VDI"),
     "LUKS": (b"LUKS\xba\xbe".ljust(SIZE, b"\0"), "LUKS"),
 }
+
+
+def test_one_valid_header_of_a_vhdx_is_enough(tmp_path: Path) -> None:
+    """The other may be half written: its writer was killed."""
+    for headers in ((VHDX_HEADER, vhdx_header(b"x")), (bytes(4096), VHDX_HEADER)):
+        path = tmp_path / "image"
+        path.write_bytes(vhdx(headers=headers))
+        assert recognise(str(path)).format is ImageFormat.VHDX
 
 
 @pytest.mark.parametrize("case", sorted(REFUSED))

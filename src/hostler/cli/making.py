@@ -95,9 +95,11 @@ def _remove(settings: Settings, name: str) -> None:
     try:
         settings.client.raw(calls.volume_delete(name))
     except HostlerError as error:
-        hint(f"volume {name}, made for this, could not be removed again: {error.cause}")
+        text = f"volume {name}, made for this, could not be removed again: {error.cause}"
     else:
-        hint(f"volume {name}, made for this, is removed again")
+        text = f"volume {name}, made for this, is removed again"
+    if not settings.json:  # there the error alone is on stderr
+        hint(text)
 
 
 def only_with(given: bool, needed: bool, option: str, other: str) -> None:

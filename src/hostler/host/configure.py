@@ -26,6 +26,7 @@ CHANGES_AT_ONCE = frozenset({"name", "notes", "autostart", "shutdown"})
 async def new_config(host: Host, request: VmCreate) -> VmConfig:
     """The configuration of a new VM, complete and within the limits."""
     check_name("vm", request.name)
+    await host.volumes.check_kernel(request.kernel)
     vm_id = new_id()
     config = VmConfig(
         id=vm_id,

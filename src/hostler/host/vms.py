@@ -109,6 +109,7 @@ class VmService:
         async with self._names:
             if request.name is not None and request.name != actor.record.name:
                 self._require_free_name(request.name)
+            await host.volumes.check_kernel(request.kernel)
 
             def edit(record: VmRecord) -> VmRecord:
                 stop = needs_stop(record, request)

@@ -18,9 +18,11 @@ from hostler.model.job import Job, Progress
 from hostler.model.names import nearest
 from hostler.model.requests import DiskAdd, VolumeCreate, VolumeRegister
 from hostler.model.views import Deleted
+from hostler.model.vm import KernelBoot
 from hostler.model.volume import Volume
 from hostler.storage.claims import ClaimBook
 from hostler.storage.devices import inspect_device
+from hostler.storage.formats import open_regular, recognise
 from hostler.storage.volumes import VolumeService
 
 log = structlog.get_logger()
@@ -152,16 +154,14 @@ class Volumes:
             return None
 
     async def check_disks(self, disks: Sequence[Disk]) -> None:
-        """Raises NotFound if the file or device of one of these disks is not there."""
-        for disk in disks:
-            try:
-                await asyncio.to_thread(os.stat, disk.source.path)
-            except OSError as error:
-                raise NotFound(
-                    f"disk {disk.id} ({disk.source.path})",
-                    f"cannot be reached: {error.strerror}",
-                    "mount its storage, or remove the disk",
-                ) from error
+        """Before a VM gets these disks: NotFound if the file or device of one is not there, and what `recognise` says
+        of an image that was damaged or exchanged since it became known."""
+        await asyncio.to_thread(_look_at, disks)
+
+    async def check_kernel(self, boot: KernelBoot | None) -> None:
+        """NotFound, NotPermitted or InvalidInput if kernel or initial RAM disk is no file this daemon can read."""
+        paths = [] if boot is None else [path for path in (boot.kernel, boot.initrd) if path is not None]
+        await asyncio.to_thread(_open_each, paths)
 
     def is_deletable(self, disk: Disk) -> bool:
         """Whether deleting a VM with its disks deletes this one."""
@@ -186,6 +186,27 @@ class Volumes:
 def _require_same_format(volume: Volume, wanted: ImageFormat | None) -> None:
     if wanted is not None and wanted is not volume.format:
         raise InvalidInput(f"volume {volume.name}", f"has format {volume.format}, not {wanted}", "leave it out")
+
+
+def _look_at(disks: Sequence[Disk]) -> None:
+    for disk in disks:
+        try:
+            if disk.source.kind is SourceKind.DEVICE:
+                os.stat(disk.source.path)
+            else:
+                recognise(disk.source.path, disk.source.format)
+        except (OSError, NotFound) as error:
+            cause = error.strerror if isinstance(error, OSError) else error.cause
+            raise NotFound(
+                f"disk {disk.id} ({disk.source.path})",
+                f"cannot be reached: {cause}",
+                "mount its storage, or remove the disk",
+            ) from error
+
+
+def _open_each(paths: Sequence[str]) -> None:
+    for path in paths:
+        os.close(open_regular(path))
 
 
 def _unlink(path: str) -> None:

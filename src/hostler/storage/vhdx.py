@@ -11,6 +11,9 @@ from hostler.model.errors import BadImage
 
 SIGNATURE = b"vhdxfile"
 
+_HEADERS_AT = (64 * 1024, 128 * 1024)
+"""The header and its other: one is written at a time, so that the other holds whenever a writer dies."""
+_HEADER = 4096
 _REGIONS_AT = (192 * 1024, 256 * 1024)
 """The region table and its copy."""
 _METADATA_REGION = uuid.UUID("8B7CA206-4790-4B9A-B8FE-575F050F886E").bytes_le
@@ -31,7 +34,9 @@ class Vhdx:
 
 
 def parse(fd: int, path: str) -> Vhdx:
-    """Read region and metadata table; BadImage when they are not there."""
+    """Look for a valid header, read region and metadata table; BadImage when they are not there."""
+    if not any(_is_header(_read(fd, at, _HEADER)) for at in _HEADERS_AT):
+        raise _damaged(path, "neither of its headers is valid")
     for at in _REGIONS_AT:
         found = _find(_read(fd, at, 64 * 1024), b"regi", 16, _METADATA_REGION, "<QI")
         if found is not None:
@@ -50,6 +55,30 @@ def _metadata(fd: int, path: str, region: int) -> Vhdx:
     if len(flags) < 8 or len(number) < 8:
         raise _damaged(path, "its metadata is cut off")
     return Vhdx(size=int.from_bytes(number, "little"), has_parent=bool(struct.unpack("<II", flags)[1] & _HAS_PARENT))
+
+
+def _is_header(header: bytes) -> bool:
+    """[MS-VHDX] 2.2.2: signature, then the CRC-32C of the whole with that field as 0."""
+    if len(header) < _HEADER or not header.startswith(b"head"):
+        return False
+    return _crc32c(header[:4] + bytes(4) + header[8:]) == int.from_bytes(header[4:8], "little")
+
+
+def _crc32c(data: bytes) -> int:
+    """Castagnoli's CRC (RFC 3720, appendix B.4)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC_OF_BYTE[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+def _crc_of_byte(value: int) -> int:
+    for _ in range(8):
+        value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value
+
+
+_CRC_OF_BYTE = tuple(_crc_of_byte(value) for value in range(256))
 
 
 def _find(table: bytes, signature: bytes, first: int, wanted: bytes, numbers: str) -> tuple[int, ...] | None:

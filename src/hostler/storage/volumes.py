@@ -101,10 +101,7 @@ class VolumeService:
         be said, for what looks like nothing may as well be damaged. BadImage, NotFound, InvalidInput, AlreadyExists."""
         check_name("volume", name)
         seen = await self.inspect(path, format)
-        if seen.format is ImageFormat.RAW and format is None:
-            raise InvalidInput(
-                f"volume {path}", "has no header of a known image format", "if it is a raw image, say so: format=raw"
-            )
+        _require_said(path, seen.format, format)
         volume = seen.but(name=name, path=os.path.realpath(path), created=utc_now())
         await whole(self._catalogue.add(volume), self._forget)
         return volume
@@ -259,7 +256,10 @@ class VolumeService:
         path = row.value.path if row else source
         _check_path(path)
         self._claims.refuse([c for c in await self._claims.on(path) if c.write], f"volume {source}")
-        return path, await self._examine(path, row.value.format if row else format)
+        shape = await self._examine(path, row.value.format if row else format)
+        if row is None:
+            _require_said(path, shape.format, format)
+        return path, shape
 
     async def _examine(self, path: str, format: ImageFormat | None) -> Shape:
         """First our own look, which finds references to other files, then QEMU's, which opens it."""
@@ -291,6 +291,14 @@ def _observe(volume: Volume) -> Volume:
     # The size of a dynamic VHD is QEMU's word (see QemuImg.info), which the footer alone does not tell.
     size = volume.size if volume.format is ImageFormat.VHD else shape.size
     return volume.but(size=size, allocated=shape.allocated)
+
+
+def _require_said(path: str, found: ImageFormat, said: ImageFormat | None) -> None:
+    """InvalidInput for a file that looks like nothing known and was not said to be raw: it may as well be damaged."""
+    if found is ImageFormat.RAW and said is not ImageFormat.RAW:
+        raise InvalidInput(
+            f"image {path}", "has no header of a known image format", "if it is a raw image, say that its format is raw"
+        )
 
 
 def _check_path(path: str) -> None:
