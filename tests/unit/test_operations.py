@@ -138,7 +138,7 @@ async def test_qemu_dies_at_each_step(site: Site, scenario: Scenario, step: str,
     await node.finish(job)
     await node.quiet()
     await other.quiet()
-    await until(lambda: not other.application.incoming.expected())
+    await until(lambda: not other.application.incoming.coming())
     judge_the_dead(await picture(site))
 
 

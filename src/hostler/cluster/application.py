@@ -90,7 +90,7 @@ class Application:
         await self.adoption.run()
         await self.incoming.recover()
         await self.adoption.settle_arrivals()
-        await self.adoption.tidy(self.incoming.expected())
+        await self.adoption.tidy([c.id for c in self.incoming.coming()])
         self._autostart = asyncio.create_task(autostart(self.host, self._start_vm), name="autostart")
 
     async def _start_vm(self, vm_id: str) -> Job:
@@ -122,6 +122,8 @@ def build_application(parts: Parts) -> Application:
 
     peers = PeerBook(parts.store, make_link, parts.trust.replace)
     migrations = MigrationService(host, peers)
+    incoming = IncomingService(host, roster, peers, parts.migration_address, parts.hook)
+    host.coming = incoming.coming
     return Application(
         host=host,
         vms=VmService(host, roster),
@@ -130,7 +132,7 @@ def build_application(parts: Parts) -> Application:
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
         migrations=migrations,
-        incoming=IncomingService(host, roster, peers, parts.migration_address, parts.hook),
+        incoming=incoming,
         limits=host.limits,
         peers=peers,
         adoption=Adoption(host, roster, {**OPERATIONS, migrations.operation.kind: migrations.operation}),

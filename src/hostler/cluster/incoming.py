@@ -31,7 +31,7 @@ from hostler.model.migration import (
     IncomingRequest,
     IncomingStatus,
 )
-from hostler.model.vm import VmRecord, VmState
+from hostler.model.vm import VmConfig, VmRecord, VmState
 from hostler.store.contract import CheckFailed, Delete, Put, Transaction
 
 log = structlog.get_logger()
@@ -111,9 +111,9 @@ class IncomingService:
                 loaded = await guest.machine.loaded()
         return IncomingStatus(phase=record.phase, loaded=loaded, address=guest.address, text=record.text)
 
-    def expected(self) -> list[str]:
-        """Ids of the VMs that are on their way here."""
-        return [record.config.id for record in self._pending_records()]
+    def coming(self) -> list[VmConfig]:
+        """The VMs that are on their way here."""
+        return [record.config for record in self._pending_records()]
 
     # changing
 

@@ -34,14 +34,14 @@ async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]
         users={r.config.run_as: r.name for r in others if r.config.run_as is not None},
         claimed=await _claimed(host, config),
         incoming=frozenset(r.id for r in pending if r.config.id == config.id),
-        admission=_admission(host, config, coming),
+        admission=_admission(host, config),
     )
 
 
-def _admission(host: Host, config: VmConfig, coming: Sequence[VmConfig]) -> HostlerError | None:
+def _admission(host: Host, config: VmConfig) -> HostlerError | None:
     try:
         check_limits(host.limits, config)
-        host.admit(config, tuple(coming))
+        host.admit(config)
     except HostlerError as error:
         return error
     return None

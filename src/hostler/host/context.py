@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hostler.host.actor import VmActor
@@ -38,6 +40,10 @@ class Host:
     actors: dict[str, VmActor] = field(default_factory=dict)
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Id of each VM that moved away: its name, and the name of the host it moved to."""
+    coming: Callable[[], Sequence[VmConfig]] = tuple
+    """The VMs that are on their way to this host."""
+    admitted: dict[str, VmConfig] = field(default_factory=dict)
+    """Those that have been let in, but whose record does not say so yet."""
 
     def actor(self, ref: str) -> VmActor:
         """The actor of the VM with that id or name. NotFound with the nearest name otherwise."""
@@ -58,9 +64,20 @@ class Host:
         """Every VM that has, or may have, a QEMU here."""
         return [a.record for a in self.actors.values() if a.record.state in HAS_PROCESS or a.machine is not None]
 
-    def admit(self, config: VmConfig, also: tuple[VmConfig, ...] = ()) -> None:
-        """Raises LimitExceeded or HostLacks if this VM cannot run beside those that do and `also` those coming."""
-        others = [r.config for r in self.running() if r.id != config.id] + [c for c in also if c.id != config.id]
+    @contextlib.contextmanager
+    def admitting(self, config: VmConfig) -> Iterator[None]:
+        """As `admit`; until the block ends, in which the VM's record is changed, it is counted already."""
+        self.admit(config)
+        self.admitted[config.id] = config
+        try:
+            yield
+        finally:
+            del self.admitted[config.id]
+
+    def admit(self, config: VmConfig) -> None:
+        """Raises LimitExceeded or HostLacks if this VM cannot run beside those that do, or are about to."""
+        every = {c.id: c for c in (*self.coming(), *self.admitted.values(), *(r.config for r in self.running()))}
+        others = [c for c in every.values() if c.id != config.id]
         subject = f"vm {config.name}"
         self.limits.refuse_above(subject, "host_running_vms", len(others) + 1, "the number of running VMs")
         vcpus = sum(c.vcpus for c in others) + config.vcpus

@@ -225,7 +225,7 @@ async def _of_node(node: Node) -> dict[str, object]:
         "files": sorted(p.name for p in host.paths.volumes.glob("*")),
         "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),
         "claims": len(await host.store.list("claim/")),
-        "coming": node.application.incoming.expected(),
+        "coming": [c.name for c in node.application.incoming.coming()],
         "busy": [j.kind for j in node.application.jobs.list() if not j.is_over],
         "leftover state": sorted(p.name for p in (host.paths.state_dir / "vms").glob("*") if p.name not in host.actors),
     }

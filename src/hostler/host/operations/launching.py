@@ -50,11 +50,11 @@ def reserve(host: Host, actor: VmActor, state: VmState, back: VmState) -> Step:
     async def do(_context: JobContext) -> None:
         record = actor.record
         config = record.next_config if record.next_config is not None and back is VmState.OFF else record.config
-        host.admit(config)
         await host.volumes.check_disks(config.disks)
-        await claim(
-            host, actor, config.disks, state=state, config=config, next_config=None, reason=None, reason_text=""
-        )
+        await host.volumes.check_kernel(config.kernel)
+        changes: dict[str, object] = {"config": config, "next_config": None, "reason": None, "reason_text": ""}
+        with host.admitting(config):
+            await claim(host, actor, config.disks, state=state, **changes)
 
     async def undo(_context: JobContext) -> None:
         if actor.record.state is not state:
