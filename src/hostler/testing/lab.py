@@ -41,7 +41,16 @@ def _run(*command: str) -> None:
 class LabHost:
     """One host: a daemon that can be started, stopped and killed, its directories, its API."""
 
-    def __init__(self, name: str, directory: Path, listen: str, namespace: str | None, options: list[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        listen: str,
+        namespace: str | None,
+        options: list[str],
+        hides: Path | None = None,
+    ) -> None:
+        self._hides = hides
         self.name = name
         self.directory = directory
         self.state_dir = directory / "s"
@@ -65,9 +74,8 @@ class LabHost:
     def start(self) -> None:
         """Start the daemon; returns when its API answers."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        enter = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         command = [
-            *enter,
+            *self._enter(),
             sys.executable,
             "-m",
             "hostler.testing.daemon",
@@ -83,6 +91,14 @@ class LabHost:
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self._wait_ready()
+
+    def _enter(self) -> list[str]:
+        """What its daemon is started through. Each of these replaces itself by the next, so the pid is the daemon's."""
+        enter = ["ip", "netns", "exec", self.namespace] if self.namespace else []
+        if self._hides is not None:
+            cover = f'mount -t tmpfs none "{self._hides}" && exec "$@"'
+            enter += ["unshare", "--mount", "--propagation", "private", "sh", "-c", cover, "sh"]
+        return enter
 
     def _wait_ready(self) -> None:
         assert self.daemon is not None
@@ -195,18 +211,18 @@ class Lab:
                 subprocess.run(["ip", "netns", "delete", line.split(" ")[0]], check=False, capture_output=True)
         subprocess.run(["ip", "link", "delete", self.bridge], check=False, capture_output=True)
 
-    def add_host(self, name: str, *options: str, guest_bridge: bool = False) -> LabHost:
+    def add_host(self, name: str, *options: str, guest_bridge: bool = False, hides: Path | None = None) -> LabHost:
         """A host with its daemon running. `guest_bridge`: with a bridge "br0" in its namespace, joined to the lab's
-        bridge, so that its guests are on one network with everybody."""
+        bridge, so that its guests are on one network with everybody. `hides`: this host sees an empty directory of its
+        own there, as if it did not share that storage (needs root)."""
         number = len(self.hosts) + 1
         address, namespace = "127.0.0.1", None
         if self.isolated:
             address = SUBNET.format(lab=self._number, host=number)
             namespace = self._namespace(name)
             self._wire(namespace, number, address, guest_bridge)
-        host = LabHost(
-            name, self.directory / name, f"{address}:{0 if not self.isolated else 8690}", namespace, [*options]
-        )
+        listen = f"{address}:{0 if not self.isolated else 8690}"
+        host = LabHost(name, self.directory / name, listen, namespace, [*options], hides)
         self.hosts.append(host)
         host.start()
         return host
