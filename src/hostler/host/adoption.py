@@ -20,14 +20,16 @@ from hostler.host.operation import Operation
 from hostler.host.roster import Roster
 from hostler.host.steps import Plan, Step, nothing
 from hostler.model.errors import HostlerError
-from hostler.model.job import Job
+from hostler.model.job import Job, JobState
 from hostler.model.vm import CriticalReason, VmRecord, VmState
-from hostler.store.contract import Put, Transaction
+from hostler.store.contract import Put, Transaction, Value
 
 log = structlog.get_logger()
 
 RETRY = 5.0
 """Seconds between two attempts to adopt a QEMU that lives but does not answer."""
+AUTOSTART_PATIENCE = 300.0
+"""Seconds until the next VM is started even if the one before has not finished starting."""
 
 
 class Adoption:
@@ -101,6 +103,10 @@ class Adoption:
         if job is not None and operation is not None:
             log.info("job.recover", job=job.id, kind=job.kind, vm=actor.record.id)
             await operation.recover(self._host, actor, job)
+        elif job is not None:
+            log.warning("job.unknown-kind", job=job.id, kind=job.kind)
+            await actor.let_go(job.id)
+            self._host.jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
         elif held is not None:
             await actor.let_go(held)
         elif actor.record.state is not VmState.MIGRATING:  # such a one has just arrived: see settle_arrivals
@@ -160,18 +166,44 @@ class Adoption:
 
 async def autostart(host: Host, start: Callable[[str], Awaitable[Job]], boot_key: str = "host/boot") -> None:
     """Start the VMs that start with the host, in order, each followed by its delay. Only once after each boot of the
-    host: a daemon that is restarted starts nothing that its owner has stopped."""
+    host: a daemon that is restarted starts nothing that its owner has stopped, and goes on where it was killed."""
+    try:
+        begun = await _begun(host, boot_key)
+        if begun is None:
+            return
+        for record in in_start_order([a.record for a in host.actors.values()]):
+            if record.id not in begun:
+                begun.append(record.id)
+                await _note(host, boot_key, begun, complete=False)
+                await _autostart_one(host, record, start)
+        await _note(host, boot_key, begun, complete=True)
+    except HostlerError as error:
+        log.error("host.autostart-broken-off", why=str(error))
+
+
+async def _begun(host: Host, boot_key: str) -> list[str] | None:
+    """The VMs that were started after this boot already; None when all were."""
     last = await host.store.get(boot_key)
-    if last is not None and last.value.get("boot_id") == host.facts.boot_id:
+    if last is None or last.value.get("boot_id") != host.facts.boot_id:
+        return []
+    begun = last.value.get("begun")
+    return None if last.value.get("complete", True) or not isinstance(begun, list) else [str(vm) for vm in begun]
+
+
+async def _note(host: Host, boot_key: str, begun: Sequence[str], complete: bool) -> None:
+    value: Value = {"boot_id": host.facts.boot_id, "begun": [*begun], "complete": complete}
+    await host.store.commit(Transaction([Put(boot_key, value)]))
+
+
+async def _autostart_one(host: Host, record: VmRecord, start: Callable[[str], Awaitable[Job]]) -> None:
+    try:
+        job = await start(record.id)
+    except HostlerError as error:
+        log.warning("vm.autostart-failed", vm=record.id, why=str(error))
         return
-    await host.store.commit(Transaction([Put(boot_key, {"boot_id": host.facts.boot_id})]))
-    for record in in_start_order([a.record for a in host.actors.values()]):
-        try:
-            job = await start(record.id)
-            ended = await host.jobs.wait(job.id, 300)
-            log.info("vm.autostart", vm=record.id, outcome=ended.state)
-        except HostlerError as error:
-            log.warning("vm.autostart-failed", vm=record.id, why=str(error))
+    ended = await host.jobs.wait(job.id, AUTOSTART_PATIENCE)
+    log.info("vm.autostart", vm=record.id, outcome=ended.state)
+    if ended.state is JobState.DONE:
         await asyncio.sleep(record.config.autostart.delay)
 
 
