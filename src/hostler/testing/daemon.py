@@ -13,6 +13,7 @@ from pathlib import Path
 from hostler.client import peer
 from hostler.cluster import incoming, outgoing
 from hostler.daemon.main import run
+from hostler.host import adoption
 from hostler.testing.failpoints import Failpoints
 
 
@@ -20,6 +21,7 @@ def hurry() -> None:
     """The deadlines of a move in seconds instead of half minutes, in the same proportion."""
     outgoing.HEARTBEAT, outgoing.PATIENCE = 0.4, 3.0
     incoming.PATIENCE, incoming.ROUND = 6.0, 1.0
+    adoption.RETRY = 0.5
     peer.PeerClient.__init__.__defaults__ = (2.0,)  # seconds for one call
 
 
