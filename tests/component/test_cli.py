@@ -274,8 +274,9 @@ def test_trust(run: Run, host: RunningHost, monkeypatch: pytest.MonkeyPatch) -> 
     done = run("host", "invite")
     assert done.out == "hstj_secret\n"
     assert "hostler host join" in done.err
+    assert "--listen 0.0.0.0" not in done.err, "it can be reached already"
     assert ok(run("host", "invite", "-q")) == "hstj_secret\n"
-    ok(run("host", "join", "abc"))
+    assert "trust each other now" in ok(run("host", "join", "abc"))
     read, write = os.pipe()
     os.write(write, b"def\n")
     os.close(write)

@@ -140,7 +140,7 @@ def test_changes_and_names(alpha: Hostler) -> None:
     alpha("vm", "set", "web9", "--memory", "2G", code=Exit.REFUSED)
     alpha("vm", "set", "web9", "--memory", "2G", "--when-off")
     shown = alpha("vm", "show", "web9")
-    assert "a changed configuration waits for the next start" in shown
+    assert "with the next start: memory 2 GiB" in shown
     assert "autostart  yes, order 5, then 0 s" in shown
     assert "did you mean 'web9'" in alpha("vm", "show", "web8", code=Exit.NOT_FOUND)
     alpha("vm", "create", "web9", code=Exit.REFUSED)

@@ -88,6 +88,8 @@ def test_boots_from_a_disk(user: User, name: str, images: Path, format: str, bus
 def test_boots_from_a_cd_before_an_empty_disk(user: User, name: str, images: Path) -> None:
     user("vm", "create", name, "--memory", "64M", "--new-disk", "8M", "--cdrom", str(images / "cd.iso"), "--start")
     says(user, name, LINE.strip())
+    disks = user("vm", "show", name)["config"]["disks"]
+    assert [(d["id"], d["media"]) for d in disks] == [("disk0", "disk"), ("disk1", "cdrom")]
     assert (images / "cd.iso").read_bytes() == boot_cd(LINE)
 
 

@@ -47,7 +47,10 @@ CONFIG = VmConfig(
     kernel=KernelBoot(kernel="/k", initrd="/i", cmdline="quiet"), autostart=Autostart(enabled=True, order=1, delay=2),
 )  # fmt: skip
 RUNNING = VmRecord(
-    config=CONFIG, state=VmState.RUNNING, process=Process(pid=7, started=1, run_dir="/run/x"), next_config=CONFIG
+    config=CONFIG,
+    state=VmState.RUNNING,
+    process=Process(pid=7, started=1, run_dir="/run/x"),
+    next_config=CONFIG.but(vcpus=4, memory=4 * GiB),
 )
 CRITICAL = VmRecord(
     config=VmConfig(id="2", name="db", machine="m", cpu_model="c"), state=VmState.CRITICAL,
@@ -104,10 +107,10 @@ def test_a_vm() -> None:
         "firmware": "uefi, secure boot",
         "tpm": "yes",
         "kernel": "/k, initrd /i, quiet",
-        "scsi": "1 controllers",
+        "scsi": "1 controller",
         "autostart": "yes, order 1, then 2 s",
         "shutdown": "120 s, then leave",
-        "pending": "a changed configuration waits for the next start",
+        "pending": "with the next start: vcpus 4, memory 4 GiB",
         "process": "7 in /run/x",
         "notes": "one\ntwo",
     }

@@ -71,7 +71,17 @@ def test_a_printed_size_reads_back_within_its_precision(size: int) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (KiB, "1 KiB"), (1536, "1.5 KiB"), (2040 * GiB, "2.0 TiB"), (64 * TiB, "64 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (KiB, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (2040 * GiB, "2040 GiB"),
+        (64 * TiB, "64 TiB"),
+        (2000 * MiB, "2000 MiB"),
+        (3 * GiB // 2, "1.5 GiB"),
+        (2000 * MiB + 1, "2.0 GiB"),
+    ],
 )
 def test_printed_sizes(size: int, text: str) -> None:
     assert format_size(size) == text

@@ -6,7 +6,7 @@ They take the JSON as it came, not the models: reading a hundred VMs into models
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -126,15 +126,29 @@ def vm(found: Json) -> Facts:
         ("firmware", config["firmware"] + (", secure boot" if config["secure_boot"] else "")),
         ("tpm", "yes" if config["tpm"] else ""),
         ("kernel", _kernel(config.get("kernel"))),
-        ("scsi", f"{config['scsi_controllers']} controllers"),
+        ("scsi", _controllers(config["scsi_controllers"])),
         ("autostart", _autostart(config["autostart"])),
         ("shutdown", f"{config['shutdown']['timeout']} s, then {config['shutdown']['then']}"),
-        ("pending", "a changed configuration waits for the next start" if found.get("next_config") else ""),
+        ("pending", _pending(config, found.get("next_config"))),
         ("handed to", found.get("handed_to") or ""),
         ("process", f"{found['process']['pid']} in {found['process']['run_dir']}" if found.get("process") else ""),
         ("notes", config["notes"]),
     ]
     return Facts(_given(facts), (disks(found), nics(found)))
+
+
+def _controllers(number: int) -> str:
+    return f"{number} controller" if number == 1 else f"{number} controllers"
+
+
+def _pending(config: Json, waiting: Json | None) -> str:
+    """What changes with the next start."""
+    if waiting is None:
+        return ""
+    shown: dict[str, Callable[[Any], str]] = {"memory": _size, "kernel": _kernel}
+    changed = [key for key in waiting if waiting[key] != config.get(key) and key not in ("disks", "nics")]
+    parts = [f"{key.replace('_', ' ')} {shown.get(key, str)(waiting[key])}" for key in changed]
+    return f"with the next start: {', '.join(parts) or 'as it is'}"
 
 
 def _kernel(kernel: Json | None) -> str:

@@ -55,7 +55,7 @@ class Host:
     def _not_found(self, ref: str) -> NotFound:
         for vm_id, (name, host) in self.moved.items():
             if ref in (vm_id, name):
-                return NotFound(f"vm {ref}", f"moved to host {host}", f"ask that host: hostler --host {host} ...")
+                return NotFound(f"vm {ref}", f"moved to host {host}", "ask that one; it is in 'hostler host list'")
         near = nearest(ref, (a.record.name for a in self.actors.values()))
         advice = f"did you mean {near!r}?" if near else "list the known ones with 'hostler vm list'"
         return NotFound(f"vm {ref}", "there is no such VM on this host", advice)

@@ -26,11 +26,16 @@ def parse_size(text: str) -> int:
     return int(whole) * unit + extra
 
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
 def format_size(size: int) -> str:
-    """A short text such as "1.5 GiB"; exact below 1 KiB."""
-    value = float(size)
-    for suffix in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            return f"{value:.0f} {suffix}" if value == int(value) else f"{value:.1f} {suffix}"
-        value /= 1024
-    return f"{value:.0f} TiB" if value == int(value) else f"{value:.1f} TiB"
+    """A short text such as "1.5 GiB"; exact below 1 KiB. Whole MiB and GiB that rounding would falsify stay what they
+    are: 2040 GiB is a limit, 2.0 TiB is above it."""
+    power = 0
+    while power < len(_UNITS) - 1 and abs(size) >= 1024 ** (power + 1):
+        power += 1
+    if power >= 3 and size * 10 % 1024**power and size % 1024 ** (power - 1) == 0:
+        power -= 1
+    value = size / 1024**power
+    return f"{value:.0f} {_UNITS[power]}" if value == int(value) else f"{value:.1f} {_UNITS[power]}"

@@ -105,6 +105,7 @@ def _add_new(settings: Settings, vm: str, size: int, dry_run: bool, given: dict[
         output.say(settings, f"would make volume {name}, {format_size(size)}, and attach it to vm {vm}")
         return Exit.OK
     with ExitStack() as undo:
+        settings.client.raw(calls.vm(vm))  # a mistyped name is refused before anything is made
         making.make(settings, undo, new.volume(name))
         call = calls.disk_add(vm, _disk(vm, given, volume=name))
         code = run_job(settings, call, wait=True, done=lambda job: attached(vm, job))

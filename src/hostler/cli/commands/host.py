@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import click
@@ -52,6 +53,11 @@ def invite_(settings: Settings) -> None:
     output.show(settings, settings.client.raw(calls.host_invite()), _invitation)
     if settings.talkative:
         output.hint("on the other host: hostler host join  (it asks for the line above; whoever has it may join)")
+        address = str(json.loads(settings.client.raw(calls.this_host()))["address"])
+        if address.startswith(("127.", "localhost:", "[::1]")):
+            output.hint(
+                f"from another machine it cannot be reached at {address}: start hostlerd with --listen 0.0.0.0:8690"
+            )
 
 
 def _invitation(found: Json) -> str:
@@ -72,7 +78,8 @@ def join_(settings: Settings, invitation: str | None) -> None:
         asked = sys.stdin.isatty()
         invitation = click.prompt("Invitation", err=True, hide_input=True) if asked else sys.stdin.read(4096)
     request = parsing.request(JoinRequest, "invitation", invitation=(invitation or "").strip())
-    output.show(settings, settings.client.raw(calls.host_join(request)), views.host)
+    content = settings.client.raw(calls.host_join(request))
+    output.show_or_say(settings, content, f"this host and {json.loads(content)['name']} trust each other now")
 
 
 @click.command("remove", cls=Command)

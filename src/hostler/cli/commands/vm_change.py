@@ -52,7 +52,10 @@ def set_(settings: Settings, /, vm: str, when_off: bool, **given: Any) -> None:
     fields = _change(settings, vm, {name: value for name, value in given.items() if value is not None})
     change = parsing.request(VmChange, f"change of vm {vm}", **fields)
     content = settings.client.raw(calls.vm_change(vm, change, when_off=when_off))
-    output.show_or_say(settings, content, f"vm {vm} is changed")
+    waits = when_off and json.loads(content).get("next_config") is not None
+    output.show_or_say(
+        settings, content, f"vm {vm} will change with its next start" if waits else f"vm {vm} is changed"
+    )
 
 
 def _change(settings: Settings, vm: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hostler.cli.waiting import Follower, raise_failure
 from hostler.client import calls
 
 if TYPE_CHECKING:
-    from hostler.model.requests import VmCreate
+    from hostler.model.requests import DiskAdd, VmCreate
 
 
 @click.command("create", cls=Command)
@@ -72,7 +72,7 @@ def create(settings: Settings, /, name: str, start: bool, dry_run: bool, wait: b
     """Create a VM. It is off, unless --start is given.
 
     \b
-    hostler vm create web1 --memory 2G --vcpus 2 --new-disk 20G --cdrom debian.iso --start
+    hostler vm create web1 --memory 2G --vcpus 2 --new-disk 20G --cdrom debian.iso --nic user --start
     hostler vm create web2 --disk web2,bus=ide --nic bridge:br0,queues=2
     """
     new = [NewDisk(text) for text in given.pop("new_disks")]
@@ -82,11 +82,13 @@ def create(settings: Settings, /, name: str, start: bool, dry_run: bool, wait: b
         _check(settings, request, dict(zip(names, new, strict=True)))
         return Exit.OK
     with ExitStack() as undo:
+        if new:  # what can be refused is refused before anything is made
+            settings.client.raw(calls.vm_create(request, dry_run=True))
         for volume, disk in zip(names, new, strict=True):
             making.make(settings, undo, disk.volume(volume))
         added = tuple(disk.disk(volume) for volume, disk in zip(names, new, strict=True))
         fields = {key: getattr(request, key) for key in request.model_fields_set}
-        whole = type(request)(**{**fields, "disks": (*request.disks, *added)}) if added else request
+        whole = type(request)(**{**fields, "disks": _cds_last(request.disks, added)}) if added else request
         content = settings.client.raw(calls.vm_create(whole))
         undo.pop_all()
     output.say(settings, f"vm {name} is made")
@@ -96,6 +98,12 @@ def create(settings: Settings, /, name: str, start: bool, dry_run: bool, wait: b
     if settings.json:
         output.print_json(content)
     return Exit.OK
+
+
+def _cds_last(given: tuple[DiskAdd, ...], new: tuple[DiskAdd, ...]) -> tuple[DiskAdd, ...]:
+    """The order decides how disks are called: disk0 is what the system is on, not the CD it came from."""
+    cds = tuple(disk for disk in given if str(disk.media) == "cdrom")
+    return (*(disk for disk in given if disk not in cds), *new, *cds)
 
 
 def vm_request(name: str, **given: Any) -> VmCreate:
