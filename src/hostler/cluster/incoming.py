@@ -287,7 +287,9 @@ class IncomingService:
             guest = Guest(record)
             guest.ended = asyncio.get_running_loop().time()
             self._guests[record.id] = guest
-            if record.phase is IncomingPhase.PREPARED:
+            if record.phase is IncomingPhase.REFUSED:
+                await self._tidy(guest)  # it may have been killed between the word and the deed
+            elif record.phase is IncomingPhase.PREPARED:
                 await self._recover_prepared(guest)
             elif record.phase is IncomingPhase.ACCEPTED and record.config.id in self._host.actors:
                 actor = self._host.actors[record.config.id]
