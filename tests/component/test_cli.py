@@ -302,6 +302,7 @@ def test_jobs(run: Run, host: RunningHost) -> None:
     ok(run("vm", "start", "web1", "--no-wait"))
     job = host.job()
     assert ok(run("job", "list", "--state", "running", "-q")) == f"{job.id}\n"
+    assert ok(run("job", "list")).splitlines()[1].startswith(f"{job.id[:8]}  running")
     assert ok(run("job", "list", "--state", "done", "--json")) == "[]\n"
     assert "work  running" in ok(run("job", "show", job.id))
     assert ok(run("job", "cancel", job.id)) == f"job {job.id} is cancelled\n"

@@ -41,8 +41,8 @@ def show(settings: Settings, content: bytes, view: View) -> None:
         return
     rendered = view(json.loads(content))
     if settings.quiet and isinstance(rendered, Table):
-        for row in rendered.rows:
-            click.echo(printable(row[0].removesuffix(" *")))
+        for name in rendered.whole or [row[0].removesuffix(" *") for row in rendered.rows]:
+            click.echo(printable(name))
     elif isinstance(rendered, Table):
         _print_table(rendered)
     elif isinstance(rendered, Facts):

@@ -21,13 +21,15 @@ UNKNOWN = "-"
 @dataclass(frozen=True)
 class Table:
     """Rows of text. The first column is the name, which `--quiet` prints alone. `right`: right-aligned columns;
-    `states`: the column that is coloured; `empty`: what to say instead of nothing."""
+    `states`: the column that is coloured; `empty`: what to say instead of nothing; `whole`: the names in full, where
+    the first column has them shortened."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: frozenset[str] = frozenset()
     states: str = "STATE"
     empty: str = ""
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -282,9 +284,10 @@ def job_progress(job: Json) -> str:
 
 
 def jobs(found: Sequence[Json]) -> Table:
+    found = sorted(found, key=lambda job: str(job["created"]))
     rows = tuple(
         (
-            job["id"],
+            job["id"][:8],  # enough for every command that takes one
             job["state"],
             job["kind"],
             job["target_name"] or job["target"],
@@ -292,9 +295,10 @@ def jobs(found: Sequence[Json]) -> Table:
             job["by"],
             job_progress(job),
         )
-        for job in sorted(found, key=lambda job: str(job["created"]))
+        for job in found
     )
-    return Table(("ID", "STATE", "KIND", "TARGET", "CREATED", "BY", "PROGRESS"), rows, empty="no jobs")
+    columns = ("ID", "STATE", "KIND", "TARGET", "CREATED", "BY", "PROGRESS")
+    return Table(columns, rows, empty="no jobs", whole=tuple(job["id"] for job in found))
 
 
 def job(found: Json) -> Facts:
