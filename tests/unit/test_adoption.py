@@ -206,6 +206,49 @@ async def test_a_job_of_an_unknown_kind_is_ended(node: Node) -> None:
     await act(node, "start")
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_job_that_had_given_its_vm_back_only_lacks_its_last_word(node: Node, fails: bool) -> None:
+    await create(node)
+    if fails:
+        node.faults.fail("launch", QemuFailed("vm web", "no"))
+    hang = node.faults.hang("vm.start/launch:before" if fails else "vm.start/run:after")
+    job = await node.application.vms.act("web", "start", "test")
+    await hang.reached.wait()
+    actor = node.application.host.actor("web")
+    told: list[VmRecord] = []
+    publish = node.application.events.publish
+
+    def notice(kind: str, key: str, value: Any) -> None:
+        publish(kind, key, value)
+        if kind == "vm" and value.job is None:
+            told.append(value)
+            node.disk.hang("commit")
+
+    node.application.events.publish = notice  # type: ignore[method-assign]
+    hang.release.set()
+    await until(lambda: bool(told))
+    assert actor.record.job is None
+    await restart(node)
+    await node.quiet()
+    ended = node.application.jobs.get(job.id)
+    assert ended.state is (JobState.FAILED if fails else JobState.DONE)
+    assert get(node).state is (VmState.OFF if fails else VmState.RUNNING)
+
+
+async def test_who_is_cancelled_while_it_begins_holds_nothing(node: Node) -> None:
+    await create(node)
+    hang = node.disk.hang("commit")
+    begin = asyncio.create_task(node.application.vms.act("web", "start", "test"))
+    await hang.reached.wait()
+    begin.cancel()
+    await asyncio.sleep(0)
+    hang.release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await begin
+    assert get(node).job is None
+    await act(node, "start")
+
+
 async def test_who_moved_away_is_still_known_by_name(site: Site) -> None:
     a, b = await site.add("a"), await site.add("b")
     await site.join(a, b)

@@ -20,7 +20,7 @@ from hostler.host.operation import Operation
 from hostler.host.roster import Roster
 from hostler.host.steps import Plan, Step, nothing
 from hostler.model.errors import HostlerError
-from hostler.model.job import Job, JobState
+from hostler.model.job import Job, JobState, StepState
 from hostler.model.vm import CriticalReason, VmRecord, VmState
 from hostler.store.contract import Put, Transaction, Value
 
@@ -47,10 +47,13 @@ class Adoption:
         unfinished = {job.id: job for job in await host.jobs.load()}
         for entry in await host.store.list("vm/"):
             self._roster.add(VmRecord.model_validate(entry.value), entry.revision)
+        held = {actor.record.job for actor in host.actors.values()}
         await asyncio.gather(*(self._adopt(actor, unfinished) for actor in list(host.actors.values())))
         for job in unfinished.values():
             if job.target not in host.actors:
                 await self._recover_without_vm(job)
+            elif job.id not in held:
+                self._end_unheld(job)
 
     async def _adopt(self, actor: VmActor, unfinished: dict[str, Job]) -> None:
         try:
@@ -117,6 +120,16 @@ class Adoption:
         for actor in list(self._host.actors.values()):
             if actor.record.job is None:
                 await actor.settle()
+
+    def _end_unheld(self, job: Job) -> None:
+        """A job gives its VM back as its last deed: only its last word is missing. (One that never reached its last
+        step was given up before it began.)"""
+        last = job.steps[-1]
+        if job.state is JobState.RUNNING and last.state is not StepState.PENDING:
+            plan = Plan(job.kind, job.target, job.target_name, (Step(last.name, nothing),))
+            self._host.jobs.resume(plan, job, last.name)
+        else:
+            self._host.jobs.unwind(Plan(job.kind, job.target, job.target_name, ()), job)
 
     async def _recover_without_vm(self, job: Job) -> None:
         """A job on a volume, or one that has removed its VM from here: then only its last word is missing."""

@@ -88,8 +88,8 @@ class Operation:
             if require is not None:
                 require(record)
 
-        await actor.hold(job_id, check)
-        try:
+        try:  # whoever is cancelled while it waits may have been given the VM all the same
+            await actor.hold(job_id, check)
             made = replace(self.plan(host, actor, params or {}, job_id), **plan)
             return await host.jobs.start(made, by, job_id)
         except BaseException:
