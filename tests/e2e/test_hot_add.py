@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from userview import User, converse
 
+from hostler.model.disk import Bus, Disk
 from hostler.model.errors import ErrorCode, LimitExceeded
 from hostler.model.requests import DiskAdd
 from hostler.model.units import KiB, MiB
+from hostler.model.vm import VmRecord
 from hostler.testing import microguest, patterns
 from hostler.testing.bench_vm import Bench
 from hostler.testing.guestclient import GuestDisk, GuestSerial, RangeVerdict
@@ -88,10 +90,11 @@ def rivals(guest: Bench) -> dict[str, User]:
     return users
 
 
-def attached(guest: Bench, disk: Tried) -> dict[str, object] | None:
+def attached(guest: Bench, tried: Tried) -> Disk | None:
     """The disk as the VM's configuration has it now."""
-    disks = User(guest.owner())("vm", "show", "guest")["config"]["disks"]
-    return next((d for d in disks if d["serial"] == disk.serial), None)
+    record = guest.record(guest.owner())
+    assert record is not None
+    return next((disk for disk in record.config.disks if disk.serial == tried.serial), None)
 
 
 def have_added(guest: Bench, disk: Tried) -> None:
@@ -130,9 +133,14 @@ def test_the_running_guest_gets_it(guest: Bench, tried: dict[str, Tried], kind: 
     have_added(guest, disk)
     is_sound(guest, disk)
     found = attached(guest, disk)
-    assert found is not None and found["bus"] == "scsi"
+    assert found is not None and found.bus is Bus.SCSI
     again = User(guest.owner()).refused(ErrorCode.IN_USE, 4, "disk", "add", "guest", *disk.option)
     assert "guest" in again["cause"]
+
+
+def vm_of(host: LabHost, name: str) -> VmRecord:
+    with host.client() as client:
+        return client.vms.get(name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,12 +152,12 @@ def test_nobody_else_can_open_it(guest: Bench, tried: dict[str, Tried], rivals: 
     more = ("--format", "raw") if kind == "raw" else ()
     for host in (owner, other):
         rival = f"rival-{host.name}"
-        before = rivals[host.name]("vm", "show", rival)
+        before = vm_of(host, rival)
         problem = rivals[host.name].refused(ErrorCode.IN_USE, 4, "disk", "add", rival, *disk.option, *more)
         assert str(disk.where) in problem["object"] + problem["cause"], problem
         if host is owner:
             assert "guest" in problem["cause"], problem
-        assert rivals[host.name]("vm", "show", rival) == before
+        assert vm_of(host, rival) == before
     is_sound(guest, disk)
 
 
@@ -191,14 +199,14 @@ def test_taken_away_it_is_whole_and_free(guest: Bench, tried: dict[str, Tried], 
         return (await serial.wait_disk(disk.serial)).name
 
     name = guest.ask(host, name_in_guest)
-    User(host)("disk", "remove", "guest", str(found["id"]))
+    User(host)("disk", "remove", "guest", found.id)
 
     async def gone(serial: GuestSerial) -> None:
         await serial.wait_disk_gone(name)
 
     guest.ask(host, gone)
     assert attached(guest, disk) is None
-    assert not [p for p in host.processes() if str(found["id"]) in " ".join(p.cmdline()) and "storage" in p.name()]
+    assert not [p for p in host.processes() if found.id in " ".join(p.cmdline()) and "storage" in p.name()]
     judge_image(guest, disk)
     guest.check(host)
 

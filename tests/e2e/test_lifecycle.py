@@ -105,15 +105,14 @@ NEW_LIFE: dict[str, Action] = {
 
 def as_configured(guest: Bench, host: LabHost) -> None:
     """The guest sees exactly the disks of the configuration, where and as it says."""
-    config = User(host)("vm", "show", "guest")["config"]
+    record = guest.record(host)
+    assert record is not None
 
     async def look(serial: GuestSerial) -> list[GuestDisk]:
         return await serial.disks()
 
     seen = {d.serial: (d.size, int(d.hctl.split(":")[-1]), d.read_only, d.wwn) for d in guest.ask(host, look)}
-    wanted = {
-        d["serial"]: (d["source"]["size"], d["unit"], d["read_only"], f"naa.{d['wwn']:x}") for d in config["disks"]
-    }
+    wanted = {d.serial: (d.source.size, d.unit, d.read_only, f"naa.{d.wwn:x}") for d in record.config.disks}
     assert seen == wanted and len(wanted) == 3
 
 

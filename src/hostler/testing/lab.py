@@ -38,6 +38,14 @@ def _run(*command: str) -> None:
         raise InternalError(f"command {' '.join(command)}", done.stderr.strip() or f"failed with {done.returncode}")
 
 
+def _wait_ended(process: psutil.Process) -> None:
+    """Until it has ended; whoever inherited it may take seconds to collect what is left of it."""
+    end = time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:
+            time.sleep(0.01)
+
+
 class LabHost:
     """One host: a daemon that can be started, stopped and killed, its directories, its API."""
 
@@ -163,10 +171,12 @@ class LabHost:
         """End the daemon and whatever it left running."""
         self.failpoints.clear()
         self.stop()
-        for process in self.processes():
+        left = self.processes()
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-                process.wait(10)
+        for process in left:
+            _wait_ended(process)
 
 
 class Lab:
