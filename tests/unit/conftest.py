@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from hostler.cluster import incoming, outgoing
 from hostler.host import adoption
-from hostler.testing.inprocess import Site
+from hostler.testing.inprocess import Site, short_directory
 
 
 @pytest.fixture
@@ -19,6 +17,6 @@ async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
     monkeypatch.setattr(incoming, "ROUND", 0.05)
     monkeypatch.setattr(outgoing, "HEARTBEAT", 0.05)
     monkeypatch.setattr(adoption, "RETRY", 0.02)
-    with tempfile.TemporaryDirectory(prefix="ho", dir="/tmp") as name:
-        async with Site(Path(name)) as made:
+    with short_directory() as directory:
+        async with Site(directory) as made:
             yield made

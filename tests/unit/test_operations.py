@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ from hostler.host.operations import OPERATIONS
 from hostler.model.errors import HostLacks, NoSpace, WrongState
 from hostler.model.job import JobState
 from hostler.model.vm import VmState
-from hostler.testing.inprocess import Node, Site, until
+from hostler.testing.inprocess import Node, Site, short_directory, until
 from hostler.testing.scenarios import (
     PLACES,
     SCENARIOS,
@@ -37,8 +35,8 @@ async def hosts(site: Site) -> tuple[Node, Node]:
 async def outcome(scenario: Scenario) -> dict[str, object]:
     """What is there after the job went well."""
     if scenario.kind not in OUTCOMES:
-        with tempfile.TemporaryDirectory(prefix="ho", dir="/tmp") as name:
-            async with Site(Path(name)) as other:
+        with short_directory() as directory:
+            async with Site(directory) as other:
                 node, _ = await hosts(other)
                 await scenario.prepare(node)
                 job = await scenario.run(node)

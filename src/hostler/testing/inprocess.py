@@ -15,14 +15,16 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+import tempfile
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 from hostler.cluster.application import Application, Parts, build_application
 from hostler.host.paths import Paths
-from hostler.identity.certificates import load_or_create
+from hostler.identity.certificates import HostIdentity, load_or_create
 from hostler.identity.invitations import InvitationService
 from hostler.identity.tls import Trust
 from hostler.model.disk import ImageFormat
@@ -53,6 +55,16 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+@contextmanager
+def short_directory() -> Iterator[Path]:
+    """A temporary directory whose path is short enough for a host, in memory where there is such a place: a test that
+    only starts and ends hosts waits for little but the disk otherwise."""
+    memory = "/dev/shm"  # noqa: S108 - the directory made below it is our own
+    base = memory if os.access(memory, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(prefix="h", dir=base) as name:
+        yield Path(name)
+
+
 class PlainImages(QemuImg):
     """Makes raw images without a process."""
 
@@ -60,6 +72,21 @@ class PlainImages(QemuImg):
         """A sparse file."""
         async with new_file(path) as part:
             os.truncate(part, size)
+
+
+class NoTls(Trust):
+    """Knows nobody and encrypts nothing: hosts of one process talk without a network."""
+
+    def __init__(self, identity: HostIdentity) -> None:
+        self.identity = identity
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+    def replace(self, peers: Iterable[Peer]) -> None:
+        """Nothing to prepare."""
+
+    def client_context(self, fingerprint: str, certificate: str | None = None) -> ssl.SSLContext:
+        """Not used by a `Wire`."""
+        return self._context
 
 
 class Node:
@@ -113,7 +140,7 @@ class Node:
     async def start(self) -> None:
         """What hostlerd does at its start."""
         self._store = FaultyStore(await SqliteStore.open(self.paths.state_dir / "store" / "hostler.db"), self.disk)
-        trust = Trust(self.identity)
+        trust = NoTls(self.identity)
         self._application = build_application(
             Parts(
                 paths=self.paths,
