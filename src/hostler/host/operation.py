@@ -1,7 +1,8 @@
 """What an operation on a VM is: which states allow it, its steps, and what becomes of it after a crash.
 
 One file per operation in `host/operations/`; each defines one `Operation`. To add one, write that file and put it into
-`host/operations/__init__.py`; the generic tests (each step repeated, each step failed, unwound twice) then run on it.
+`host/operations/__init__.py`, and its scenario into `testing/scenarios.py`: the generic tests (each step repeated,
+failed, unwound twice, cancelled, with QEMU or the daemon killed or the disk full there) then run on it.
 """
 
 from __future__ import annotations
