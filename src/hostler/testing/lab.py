@@ -13,6 +13,7 @@ Leaving the block ends every daemon and every QEMU of these hosts and removes th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from hostler.model.requests import JoinRequest
 from hostler.testing.failpoints import Failpoints
 
 START_TIMEOUT = 60.0
+_LABS = itertools.count()
 SUBNET = "10.97.{lab}.{host}"
 
 
@@ -179,13 +181,22 @@ class LabHost:
             _wait_ended(process)
 
 
+def _free_number() -> int:
+    """A number for a lab that no other one on this machine has now; different for each of one process."""
+    for step in range(250):
+        number = (os.getpid() + 37 * next(_LABS) + step) % 250 + 1
+        if not Path(f"/sys/class/net/hlab{number}").exists():
+            return number
+    raise InternalError("lab", "there are 250 labs on this machine", "remove the bridges hlab*")
+
+
 class Lab:
     """Hosts and the links between them. `isolated` gives each host a namespace (needs root)."""
 
     def __init__(self, directory: Path, isolated: bool | None = None, number: int | None = None) -> None:
         self.directory = directory
         self.isolated = os.geteuid() == 0 if isolated is None else isolated
-        self._number = (os.getpid() % 250) + 1 if number is None else number
+        self._number = _free_number() if number is None else number
         self.hosts: list[LabHost] = []
 
     @property
@@ -215,6 +226,9 @@ class Lab:
         return f"{self.bridge}-{name}"
 
     def _remove_network(self) -> None:
+        """A namespace goes only when its last process is reaped, so the links are removed by themselves first."""
+        for link in Path("/sys/class/net").glob(f"{self.bridge}p*"):
+            subprocess.run(["ip", "link", "delete", link.name], check=False, capture_output=True)
         listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
         for line in listed.splitlines():
             if line.split(" ")[0].startswith(f"{self.bridge}-"):
