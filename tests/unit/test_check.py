@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from hostler.cluster.check import NEEDED, TargetView, blockers_at_source, blockers_at_target
+from hostler.host.paths import Paths
 from hostler.model.disk import Disk, DiskSource, SourceKind
-from hostler.model.errors import Blocked, ErrorCode, HostLacks, LimitExceeded
+from hostler.model.errors import Blocked, ErrorCode, HostLacks, InvalidInput, LimitExceeded
 from hostler.model.host import Accelerator, AcceleratorChoice, HostFacts, QemuFacts
 from hostler.model.limits import Profile
 from hostler.model.migration import Blocker, BlockerKind, IncomingRequest, MigrationMode, MigrationSettings
@@ -18,6 +21,7 @@ from hostler.model.nic import Network, Nic
 from hostler.model.requests import MigrateRequest, VmCreate
 from hostler.model.units import GiB
 from hostler.model.vm import Firmware, KernelBoot, VmConfig, VmRecord, VmState
+from hostler.qemu.access import UID_BASE
 from hostler.testing.inprocess import Site
 from hostler.testing.vm_variants import FACTS, config
 
@@ -36,7 +40,7 @@ def facts(name: str = "b", qemu: QemuFacts = FACTS, **changes: Any) -> HostFacts
         "memory": 8 * GiB,
         "accelerator": TCG,
         "qemu": qemu,
-        "privileged": True,
+        "privileged": False,
         "boot_id": f"boot of {name}",
     }
     return HostFacts.model_validate(base | changes)
@@ -134,6 +138,9 @@ CASES: list[tuple[BlockerKind, str, Callable[[], list[Blocker]]]] = [
     (K.NO_FIRMWARE, "UEFI", at_target(request(config(firmware=Firmware.UEFI)), lacking(firmware_code=None))),
     (K.NO_TPM, "swtpm", at_target(request(config(tpm=True)), lacking(tpm=False))),
     (K.NO_USER, "user id 7", at_target(request(), seen(users={7: "other"}))),
+    (K.NO_USER, "user of its own", at_target(request(), seen(facts=facts(privileged=True)))),
+    (K.NO_USER, "user of its own", at_target(request(config(run_as=0)), seen(facts=facts(privileged=True)))),
+    (K.ALREADY_INCOMING, "earlier move", at_target(request(), seen(present=True))),
     (K.KERNEL_FILE_MISSING, "/boot/i", at_target(request(), seen(inodes={VOLUME.source.path: 42, "/boot/k": 1}))),
     (K.ALREADY_INCOMING, "earlier move", at_target(request(), seen(incoming=frozenset({"another"})))),
 ]
@@ -164,6 +171,22 @@ def test_a_device_can_be_shared_within_one_machine() -> None:
 
 def test_a_repeated_preparation_does_not_stand_in_its_own_way() -> None:
     assert blockers_at_target(request(), seen(incoming=frozenset({"move"}))) == []
+
+
+def test_a_user_of_the_range_for_vms_is_taken() -> None:
+    vm = config(run_as=UID_BASE + 7)
+    assert blockers_at_target(request(vm), seen(facts=facts(privileged=True))) == []
+
+
+@pytest.mark.parametrize("vm_id", ["", "/home", "../../home", ".", "a/b", "a" * 65, "a\0"])
+def test_an_id_that_leads_elsewhere_is_no_request(vm_id: str) -> None:
+    """Directories of VMs are made and removed by root; another host must not choose which."""
+    with pytest.raises(ValidationError):
+        request(config(id=vm_id))
+    with pytest.raises(ValidationError):
+        request(id=vm_id)
+    with pytest.raises(InvalidInput):
+        Paths(Path("/s"), Path("/r")).vm_state(vm_id)
 
 
 def test_a_quick_move_needs_no_streams() -> None:

@@ -15,6 +15,7 @@ from hostler.model.host import Accelerator, HostFacts
 from hostler.model.migration import Blocker, BlockerKind, IncomingRequest, MigrationMode, MigrationSettings
 from hostler.model.nic import Network
 from hostler.model.vm import Firmware, VmConfig, VmRecord, VmState
+from hostler.qemu.access import is_vm_user
 
 NEEDED = frozenset({"events", "return-path", "late-block-activate"})
 """Migration capabilities a QEMU must have for the hand-over to be safe."""
@@ -22,8 +23,9 @@ NEEDED = frozenset({"events", "return-path", "late-block-activate"})
 
 @dataclass(frozen=True, slots=True)
 class TargetView:
-    """What a target finds at itself. `inodes`: path to inode number of the files that exist here; `admission`: the
-    refusal of its own admission check; `claimed`: paths that another VM holds here, with its name."""
+    """What a target finds at itself. `inodes`: path to inode number of the files that exist here (of boot files only
+    those everybody may read); `admission`: the refusal of its own admission check; `present`: a VM of this id is here;
+    `claimed`: paths that another VM holds here, with its name."""
 
     facts: HostFacts
     inodes: dict[str, int] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class TargetView:
     users: dict[int, str] = field(default_factory=dict)
     claimed: dict[str, str] = field(default_factory=dict)
     incoming: frozenset[str] = frozenset()
+    present: bool = False
     admission: HostlerError | None = None
 
 
@@ -117,11 +120,17 @@ def _identity(config: VmConfig, view: TargetView, move_id: str) -> Iterable[Bloc
             text=f"{view.facts.name} has a VM named {config.name!r} already",
             advice="rename one of them",
         )
-    if view.incoming - {move_id}:
+    if view.present or view.incoming - {move_id}:
         yield Blocker(
             kind=BlockerKind.ALREADY_INCOMING,
             text="an earlier move of this VM to that host has not been tidied up",
             advice="wait a minute and try again",
+        )
+    if view.facts.privileged and (config.run_as is None or not is_vm_user(config.run_as)):
+        yield Blocker(
+            kind=BlockerKind.NO_USER,
+            text=f"{view.facts.name} gives each QEMU a user of its own, and this VM comes without one",
+            advice="shut it down and create it there",
         )
     holder = view.users.get(config.run_as) if config.run_as is not None else None
     if holder is not None:
@@ -164,8 +173,8 @@ def _files(request: IncomingRequest, view: TargetView) -> Iterable[Blocker]:
         if path not in view.inodes:
             yield Blocker(
                 kind=BlockerKind.KERNEL_FILE_MISSING,
-                text=f"the VM boots from {path}, which {view.facts.name} has not",
-                advice="copy that file to the same path there",
+                text=f"the VM boots from {path}, which {view.facts.name} has not, or not for everybody to read",
+                advice="copy that file to the same path there, and make it readable",
             )
 
 

@@ -15,7 +15,7 @@ from hostler.host.context import Host
 from hostler.identity.certificates import HostIdentity, check_peer_certificate
 from hostler.identity.invitations import InvitationService, read_invitation
 from hostler.identity.tls import Trust
-from hostler.model.errors import AlreadyExists, HostlerError, InvalidInput, NotPermitted
+from hostler.model.errors import HostlerError, InvalidInput, NotPermitted
 from hostler.model.host import HostState, Peer
 from hostler.model.views import HostView, Invitation, PeerIntroduction
 
@@ -134,12 +134,7 @@ class HostService:
             raise InvalidInput(f"host {introduction.name}", "gives an id that is not its certificate's")
         if introduction.id == self._identity.host_id:
             raise InvalidInput(f"host {introduction.name}", "is this host itself", "use the invitation on another one")
-        for peer in self._peers.all():
-            if peer.name == introduction.name and peer.id != introduction.id:
-                raise AlreadyExists(
-                    f"host {peer.name}", "is the name of another host here", "give the new host another --name"
-                )
-        await self._invitations.redeem(introduction.secret)
+        await self._invitations.redeem(introduction.secret)  # first: a stranger learns nothing about our peers
         await self._peers.add(
             Peer(
                 id=introduction.id,

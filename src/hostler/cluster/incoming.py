@@ -32,7 +32,7 @@ from hostler.model.migration import (
     IncomingStatus,
 )
 from hostler.model.vm import VmConfig, VmRecord, VmState
-from hostler.store.contract import CheckFailed, Delete, Put, Transaction
+from hostler.store.contract import ABSENT, Check, CheckFailed, Delete, Put, Transaction
 
 log = structlog.get_logger()
 
@@ -208,9 +208,10 @@ class IncomingService:
         records = [Put(_key(accepted.id), accepted.to_json()), Put(vm_key(vm.id), vm.to_json())]
         writes = [*records, Delete(key_of_moved(vm.id)), *claims.writes]
         try:
-            revision = await host.store.commit(Transaction(writes, claims.checks, durable=True))
+            checks = [Check(vm_key(vm.id), ABSENT), *claims.checks]
+            revision = await host.store.commit(Transaction(writes, checks, durable=True))
         except CheckFailed as error:
-            await self._end(guest, f"a disk was claimed here meanwhile ({error.key})")
+            await self._end(guest, f"the VM or one of its disks was taken here meanwhile ({error.key})")
             return
         guest.record = accepted
         host.moved.pop(config.id, None)

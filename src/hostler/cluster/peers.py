@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from hostler.model.errors import HostlerError, NotFound, PeerUnreachable
+from hostler.model.errors import AlreadyExists, HostlerError, NotFound, PeerUnreachable
 from hostler.model.host import Peer
 from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
 from hostler.model.names import nearest
@@ -79,11 +79,28 @@ class PeerBook:
         return self._links[peer.id]
 
     async def add(self, peer: Peer) -> None:
-        """Trust a host from now on; replaces what was known of it."""
+        """Trust a host from now on; its name and address replace what was known of it. AlreadyExists when another one
+        has that name, or when that id is known with another certificate: who may join must not become somebody else."""
+        self._refuse_impostor(peer)
         await self._store.commit(Transaction([Put(f"peer/{peer.id}", peer.to_json())], durable=True))
         self._peers[peer.id] = peer
         await self._drop_link(peer.id)
         self._trust_changed(self.all())
+
+    def _refuse_impostor(self, peer: Peer) -> None:
+        known = self._peers.get(peer.id)
+        if known is not None and known.fingerprint != peer.fingerprint:
+            raise AlreadyExists(
+                f"host {known.name}",
+                "is known here with another certificate",
+                f"if it has really got a new one: 'hostler host remove {known.name}', then invite it again",
+            )
+        if any(p.name == peer.name and p.id != peer.id for p in self._peers.values()):
+            raise AlreadyExists(
+                f"host {peer.name}",
+                "is the name of another host here",
+                "give the new host another --name, and invite it again",
+            )
 
     async def remove(self, peer_id: str) -> None:
         """Trust it no more."""

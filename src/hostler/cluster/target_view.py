@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 from collections.abc import Sequence
 
 from hostler.cluster.check import TargetView
@@ -23,18 +24,19 @@ async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]
     coming = [r.config for r in pending if r.config.id != config.id]
     paths = [d.source.path for d in config.disks]
     boot = config.kernel
-    files = [*paths, *([boot.kernel, boot.initrd or boot.kernel] if boot else [])]
+    boot_files = [boot.kernel, boot.initrd or boot.kernel] if boot else []
     devices = [d.source.path for d in config.disks if d.source.kind is SourceKind.DEVICE]
     return TargetView(
         facts=host.facts,
-        inodes=await asyncio.to_thread(inodes_of, files),
+        inodes=await asyncio.to_thread(_files, paths, boot_files),
         devices=frozenset(path for path in devices if os.path.exists(path)),
         bridges=await host.resources.bridges(),
         names=frozenset([r.name for r in others] + [c.name for c in coming]),
-        users={r.config.run_as: r.name for r in others if r.config.run_as is not None},
+        users={c.run_as: c.name for c in [*(r.config for r in others), *coming] if c.run_as is not None},
         claimed=await _claimed(host, config),
         incoming=frozenset(r.id for r in pending if r.config.id == config.id),
         admission=_admission(host, config),
+        present=config.id in host.actors,
     )
 
 
@@ -56,6 +58,17 @@ async def _claimed(host: Host, config: VmConfig) -> dict[str, str]:
                 holder = host.actors.get(claim.vm)
                 found[disk.source.path] = holder.record.name if holder else claim.vm
     return found
+
+
+def _files(paths: Sequence[str], boot_files: Sequence[str]) -> dict[str, int]:
+    """Inodes of the disks, and of those boot files that everybody may read: another host must not make this one open
+    to its guest what is closed to others here."""
+    open_to_all = []
+    for path in boot_files:
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mode & stat.S_IROTH:
+                open_to_all.append(path)
+    return inodes_of([*paths, *open_to_all])
 
 
 def inodes_of(paths: Sequence[str]) -> dict[str, int]:

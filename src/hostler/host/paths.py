@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,11 @@ class Paths:
 
     def vm_run(self, vm_id: str) -> Path:
         """Sockets, pid file and log of one VM's QEMU."""
-        return self.run_dir / "vms" / vm_id
+        return self.run_dir / "vms" / _one_name(vm_id)
 
     def vm_state(self, vm_id: str) -> Path:
         """UEFI variables, TPM state and saved state of one VM."""
-        return self.state_dir / "vms" / vm_id
+        return self.state_dir / "vms" / _one_name(vm_id)
 
     def saved_state(self, vm_id: str) -> Path:
         """The file a saved VM's memory is in."""
@@ -44,3 +45,11 @@ class Paths:
     def volumes(self) -> Path:
         """Where volumes go that were given no path."""
         return self.state_dir / "volumes"
+
+
+def _one_name(vm_id: str) -> str:
+    """A VM's id as one name in a directory. Ids come from other hosts, too, and directories of VMs are made, chowned
+    and removed by root: an id that leads elsewhere ends here."""
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", vm_id):
+        raise InvalidInput(f"vm id {vm_id[:80]!r}", "is not an id of a VM", "ids are made by Hostler, never by hand")
+    return vm_id

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, StringConstraints, model_validator
 
 from hostler.model.base import Record
 from hostler.model.host import Accelerator
@@ -108,11 +110,15 @@ class Incoming(Record):
     """Why it was refused."""
 
 
+OneName = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z][0-9A-Za-z_-]{0,63}$")]
+"""An id that can be one name in a directory or a key, and nothing else."""
+
+
 class IncomingRequest(Record):
     """What the source sends to prepare a target. `secret` is the pre-shared key (hex) of this one move; it is kept in
     a file only QEMU can read and dies with the move."""
 
-    id: str
+    id: OneName
     config: VmConfig
     generation: int
     settings: MigrationSettings
@@ -123,6 +129,13 @@ class IncomingRequest(Record):
     """Path to inode number of each file at the source: the same path must be the same file at the target."""
     boot_id: str = ""
     """The source's boot id: devices can be shared by path only within one machine."""
+
+    @model_validator(mode="after")
+    def _vm_id(self) -> Self:
+        """The VM's id names directories at the target; what comes from another host is looked at closely."""
+        if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", self.config.id):
+            raise ValueError("the VM's id is not an id of a VM")
+        return self
 
 
 class IncomingStatus(Record):

@@ -65,6 +65,11 @@ class Entry:
 Acl = tuple[Entry, ...]
 
 
+def is_vm_user(uid: int) -> bool:
+    """Whether a user id is one of those that VMs get. No other may be given to a QEMU: 0 is root, 1000 a person."""
+    return UID_BASE <= uid < UID_BASE + UID_SPAN
+
+
 def user_for(vm_id: str, taken: Set[int], base: int = UID_BASE, span: int = UID_SPAN) -> int:
     """A user id for a VM that is not in `taken`: by its name's checksum, so that it is most likely free on every host
     the VM moves to, else the next free one. LimitExceeded when the whole range is taken."""
