@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from hostler.model.disk import ImageFormat
+from hostler.model.errors import NoSpace, QemuFailed
 from hostler.model.job import JobState
 from hostler.model.machine import RunStatus
 from hostler.model.migration import MigrationMode
-from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate
+from hostler.model.requests import DiskAdd, MigrateRequest, VmChange, VmCreate
 from hostler.model.units import MiB
-from hostler.model.vm import VmState
+from hostler.model.vm import CriticalReason, VmConfig, VmState
 from hostler.testing.faults import Hang
 from hostler.testing.inprocess import Node, Site, until
 from hostler.testing.scenarios import SCENARIOS, granted
@@ -219,3 +220,71 @@ async def test_two_vms_cross(site: Site) -> None:
     await settled(a, b)
     assert [r.name for r in a.application.vms.list()] == ["db"]
     assert [r.name for r in b.application.vms.list()] == ["web"]
+
+
+async def test_a_change_that_waits_for_the_next_start_goes_along(site: Site) -> None:
+    a, b = await ready(site)
+    await a.application.vms.change("web", VmChange(memory=128 * MiB), "test", when_off=True)
+    await a.finish(await a.application.migrations.migrate("web", MigrateRequest(host="b"), "test"))
+    waiting = b.application.vms.get("web").next_config
+    assert waiting is not None
+    assert waiting.memory == 128 * MiB
+
+
+async def test_a_refused_move_does_not_end_the_next_one(site: Site) -> None:
+    """The target remembers the first for a while, and tidies it again at its restart."""
+    a, b = await ready(site)
+    begun = a.faults.hang("vm.migrate/pre-copy:before")
+    first = await a.application.migrations.migrate("web", MigrateRequest(host="b"), "test")
+    await begun.reached.wait()
+    await a.application.jobs.cancel(first.id, "test")
+    begun.release.set()
+    await a.finish(first)
+    sent = a.faults.hang("vm.migrate/switch-over:before")
+    second = await a.application.migrations.migrate("web", MigrateRequest(host="b"), "test")
+    await sent.reached.wait()
+    await b.die()
+    await b.start()
+    sent.release.set()
+    assert (await a.finish(second)).state is JobState.DONE
+    await settled(a, b)
+    assert await judge(site, a, b) is b
+
+
+async def test_a_disk_that_could_not_be_opened_at_arrival_is_opened_before_the_guest_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = await ready(site)
+    opened: list[str] = []
+
+    async def fail(_config: VmConfig) -> None:
+        raise QemuFailed("disk disk0", "its storage does not answer")
+
+    async def note(config: VmConfig) -> None:
+        opened.append(config.name)
+
+    monkeypatch.setattr(b.application.host.resources, "open_exports", fail)
+    await a.finish(await a.application.migrations.migrate("web", MigrateRequest(host="b"), "test"))
+    record = b.application.vms.get("web")
+    assert (record.state, record.reason) == (VmState.CRITICAL, CriticalReason.IO_ERROR)
+    assert "does not answer" in record.reason_text
+    assert (await b.finish(await b.application.vms.act("web", "resume", "test"))).state is JobState.FAILED
+    monkeypatch.setattr(b.application.host.resources, "open_exports", note)
+    assert (await b.finish(await b.application.vms.act("web", "resume", "test"))).state is JobState.DONE
+    assert opened == ["web"]
+
+
+async def test_a_delete_that_failed_holds_nothing(site: Site) -> None:
+    a = await site.add("a")
+    await a.application.vms.create(VmCreate(name="web", memory=64 * MiB), "test")
+    actor = a.application.host.actor("web")
+
+    async def full(*_: object) -> None:
+        raise NoSpace("store", "the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(actor, "delete", full)
+        with pytest.raises(NoSpace):
+            await a.application.vms.delete("web", "test")
+    assert a.application.vms.get("web").job is None
+    await a.application.vms.delete("web", "test")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 
 import structlog
 
@@ -63,6 +64,7 @@ class Guest:
         self.lock = asyncio.Lock()
         self.address = ""
         self.ended = 0.0
+        self.tidying = False
 
 
 def _own(guest: Guest, peer_id: str) -> None:
@@ -93,7 +95,7 @@ class IncomingService:
         return blockers_at_target(request, await look(self._host, request, self._pending_records()))
 
     def _pending_records(self) -> list[Incoming]:
-        return [g.record for g in self._guests.values() if g.record.phase is IncomingPhase.PREPARED]
+        return [g.record for g in self._guests.values() if g.record.phase is IncomingPhase.PREPARED or g.tidying]
 
     async def status(self, move_id: str, peer_id: str) -> IncomingStatus:
         """Where a move stands. An unknown one is refused: it can never run here."""
@@ -133,7 +135,12 @@ class IncomingService:
                 blockers=[b.to_json() for b in blockers],
             )
         record = Incoming(
-            id=request.id, config=request.config, generation=request.generation, source=peer_id, run=request.run
+            id=request.id,
+            config=request.config,
+            next_config=request.next_config,
+            generation=request.generation,
+            source=peer_id,
+            run=request.run,
         )
         guest = Guest(record)
         self._guests[record.id] = guest
@@ -202,7 +209,11 @@ class IncomingService:
             await self._hook("incoming/accept", "before")
         accepted = guest.record.but(phase=IncomingPhase.ACCEPTED)
         vm = VmRecord(
-            config=config, state=VmState.MIGRATING, generation=guest.record.generation, process=machine.process
+            config=config,
+            next_config=guest.record.next_config,
+            state=VmState.MIGRATING,
+            generation=guest.record.generation,
+            process=machine.process,
         )
         claims = await host.claims.plan_claim(config.id, config.disks, vm.generation)
         records = [Put(_key(accepted.id), accepted.to_json()), Put(vm_key(vm.id), vm.to_json())]
@@ -231,8 +242,9 @@ class IncomingService:
         """Its QEMU died between the record and the order to run: the guest has certainly not run here, so the source,
         which still has it all, may go on. Recorded before it is told."""
         host = self._host
-        guest.record = guest.record.but(phase=IncomingPhase.REFUSED, text="its QEMU died here before it could run")
-        await actor.delete(Transaction([Put(_key(guest.record.id), guest.record.to_json())]))
+        refused = guest.record.but(phase=IncomingPhase.REFUSED, text="its QEMU died here before it could run")
+        await actor.delete(Transaction([Put(_key(refused.id), refused.to_json())]))
+        guest.record = refused
         await host.claims.release(actor.record.id)
         host.actors.pop(actor.record.id, None)
         guest.ended = asyncio.get_running_loop().time()
@@ -255,25 +267,20 @@ class IncomingService:
     async def _end(self, guest: Guest, text: str) -> None:
         """Record the refusal first: from then on it can never run here. Then tidy."""
         host, record = self._host, guest.record
-        guest.record = record.but(phase=IncomingPhase.REFUSED, text=text)
-        await host.store.commit(Transaction([Put(_key(record.id), guest.record.to_json())], durable=True))
+        refused = record.but(phase=IncomingPhase.REFUSED, text=text)
+        await host.store.commit(Transaction([Put(_key(record.id), refused.to_json())], durable=True))
+        guest.record = refused
         guest.ended = asyncio.get_running_loop().time()
         log.info("move.refused", move=record.id, vm=record.config.id, why=text)
         await self._tidy(guest)
 
     async def _tidy(self, guest: Guest) -> None:
-        host, config = self._host, guest.record.config
-        if guest.watcher is not None and guest.watcher is not asyncio.current_task():
-            guest.watcher.cancel()
-        with contextlib.suppress(HostlerError):
-            if guest.machine is not None:
-                await guest.machine.quit()
-        guest.machine = None
-        if config.id in host.actors:
-            return  # it is a VM of ours by now: an earlier or later move brought it here
-        await host.hypervisor.kill_leftovers(config.id, str(host.paths.vm_run(config.id)))
-        # Its access rights stay: they are the source's as much as ours, on the same files and for the same user.
-        await host.resources.release(config, moved=True, forget=True)
+        """Remove what is left of a refused move. While it lasts no other move of the VM to here may begin."""
+        guest.tidying = True
+        try:
+            await _remove(self._host, guest, _expected(self._guests.values(), guest))
+        finally:
+            guest.tidying = False
 
     async def _forget(self, guest: Guest) -> None:
         await self._host.store.commit(Transaction([Delete(_key(guest.record.id))]))
@@ -284,10 +291,11 @@ class IncomingService:
     async def recover(self) -> None:
         """After a restart, once the VMs are adopted: find the QEMUs that wait here, finish what was accepted."""
         for entry in await self._host.store.list("incoming/"):
-            record = Incoming.model_validate(entry.value)
-            guest = Guest(record)
+            guest = Guest(Incoming.model_validate(entry.value))
             guest.ended = asyncio.get_running_loop().time()
-            self._guests[record.id] = guest
+            self._guests[guest.record.id] = guest
+        for guest in list(self._guests.values()):
+            record = guest.record
             if record.phase is IncomingPhase.REFUSED:
                 await self._tidy(guest)  # it may have been killed between the word and the deed
             elif record.phase is IncomingPhase.PREPARED:
@@ -352,3 +360,25 @@ class IncomingService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _remove(host: Host, guest: Guest, expected: bool) -> None:
+    """End the QEMU of a refused move and remove what it had. `expected`: another move brings the same VM."""
+    config = guest.record.config
+    if guest.watcher is not None and guest.watcher is not asyncio.current_task():
+        guest.watcher.cancel()
+    with contextlib.suppress(HostlerError):
+        if guest.machine is not None:
+            await guest.machine.quit()
+    guest.machine = None
+    if config.id in host.actors or expected:
+        return  # what is there belongs to a VM of ours, or to one that is coming
+    await host.hypervisor.kill_leftovers(config.id, str(host.paths.vm_run(config.id)))
+    # Its access rights stay: they are the source's as much as ours, on the same files and for the same user.
+    await host.resources.release(config, moved=True, forget=True)
+
+
+def _expected(guests: Iterable[Guest], guest: Guest) -> bool:
+    """Whether another move of the same VM is under way to here."""
+    others = [g.record for g in guests if g is not guest and g.record.phase is IncomingPhase.PREPARED]
+    return any(record.config.id == guest.record.config.id for record in others)

@@ -54,7 +54,7 @@ class MigrationService:
         if target != self._host.facts.id:
             move = outgoing.Move(self._host, self._peers, actor, target, settings, secret="")
             run = actor.record.state is VmState.RUNNING
-            blockers += await move.link.check(move.request(new_id(), run))
+            blockers += await move.link.check(await move.request(new_id(), run))
         return MigrationPlan(
             vm=actor.record.id,
             source=self._host.facts.id,

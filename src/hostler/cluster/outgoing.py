@@ -74,7 +74,7 @@ class Move:
         """The link to the target."""
         return self.peers.link(self.target)
 
-    def request(self, move_id: str, run: bool) -> IncomingRequest:
+    async def request(self, move_id: str, run: bool) -> IncomingRequest:
         """What the target is asked to prepare."""
         record = self.actor.record
         config = record.config
@@ -82,12 +82,13 @@ class Move:
         return IncomingRequest(
             id=move_id,
             config=config,
+            next_config=record.next_config,
             generation=record.generation + 1,
             settings=self.settings,
             accelerator=self.host.facts.accelerator.kind,
             secret=self.secret,
             run=run,
-            inodes=inodes_of(paths),
+            inodes=await asyncio.to_thread(inodes_of, paths),
             boot_id=self.host.facts.boot_id,
         )
 
@@ -102,7 +103,7 @@ def check(move: Move) -> Step:
 
     async def do(context: JobContext) -> None:
         run = move.actor.record.state is VmState.RUNNING
-        blockers = await move.link.check(move.request(context.job.id, run))
+        blockers = await move.link.check(await move.request(context.job.id, run))
         if blockers:
             raise Blocked(
                 move.actor.subject,
@@ -120,7 +121,7 @@ def prepare_target(move: Move) -> Step:
 
     async def do(context: JobContext) -> None:
         context.progress(Progress(text="preparing the target"))
-        status = await move.link.prepare(move.request(context.job.id, was_running(context)))
+        status = await move.link.prepare(await move.request(context.job.id, was_running(context)))
         if status.phase is not IncomingPhase.PREPARED:
             raise PeerRefused(move.actor.subject, status.text or "the target refused")
         await context.remember(address=status.address)

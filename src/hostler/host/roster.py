@@ -11,7 +11,7 @@ from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
 from hostler.model.errors import HostlerError
-from hostler.model.vm import VmRecord
+from hostler.model.vm import CriticalReason, VmRecord, VmState
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ class Roster:
         try:
             await self._host.resources.release(record.config)
             await self._host.claims.release(record.id)
-        except HostlerError as error:
+        except (HostlerError, OSError) as error:
             log.warning("vm.release-failed", vm=record.id, why=str(error))
 
     def arrive(self, record: VmRecord, revision: int, machine: Machine) -> VmActor:
@@ -54,6 +54,9 @@ class Roster:
                 await machine.run()
         except HostlerError as error:
             log.error("vm.arrival-trouble", vm=actor.record.id, why=str(error))
+            text = f"it has arrived but could not go on: {error.object}: {error.cause}; 'hostler vm resume' tries again"
+            await actor.set(state=VmState.CRITICAL, reason=CriticalReason.IO_ERROR, reason_text=text)
+            return
         self._later(self._settle_arrival(actor, machine))
 
     async def _settle_arrival(self, actor: VmActor, machine: Machine) -> None:

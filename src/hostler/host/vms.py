@@ -176,10 +176,15 @@ class VmService:
         await self._host.volumes.require_unused(removed, but=record.id)
         if dry_run:
             return outcome
-        await actor.hold(new_id(), OPERATIONS["vm.start"].allow)
-        await actor.delete()
-        await self._host.claims.release(record.id)
+        holder = new_id()
+        await actor.hold(holder, OPERATIONS["vm.start"].allow)
+        try:
+            await actor.delete()
+        except BaseException:  # nothing is deleted: whoever tries again must not find it held by nobody
+            await actor.let_go(holder)
+            raise
         self._host.actors.pop(record.id, None)
+        await self._host.claims.release(record.id)
         await self._host.resources.release(record.config, forget=True)
         for path in removed:
             await self._host.volumes.delete_file(path)

@@ -100,6 +100,7 @@ class Incoming(Record):
 
     id: str
     config: VmConfig
+    next_config: VmConfig | None = None
     generation: int
     source: str
     """Id of the host it comes from."""
@@ -120,6 +121,8 @@ class IncomingRequest(Record):
 
     id: OneName
     config: VmConfig
+    next_config: VmConfig | None = None
+    """A changed configuration that waits for the VM's next start, wherever that is."""
     generation: int
     settings: MigrationSettings
     accelerator: Accelerator

@@ -23,11 +23,13 @@ def _pause(_host: Host, actor: VmActor, _params: Params) -> Sequence[Step]:
     return (Step("stop", do),)
 
 
-def _resume(_host: Host, actor: VmActor, _params: Params) -> Sequence[Step]:
+def _resume(host: Host, actor: VmActor, _params: Params) -> Sequence[Step]:
     async def do(_context: JobContext) -> None:
         machine = actor.present()
         if actor.record.state is VmState.PAUSED:
             await actor.set(state=VmState.RESUMING)
+        # After a move whose exports could not be opened a placeholder may still be behind its disks.
+        await host.resources.open_exports(actor.record.config)
         await machine.run()
         await actor.set(state=VmState.RUNNING, reason=None, reason_text="")
 
