@@ -2,6 +2,9 @@
 
 Small and own: the `qemu.qmp` library belongs to the package that drives VMs, and one short conversation needs neither
 its reconnecting nor its event queues. A QMP server talks to one client at a time; a second one waits for its greeting.
+
+A storage daemon has opened an image that its guest wrote, so it may be hostile: what it says is bounded in length and
+number, and whatever makes no sense is QmpGone.
 """
 
 from __future__ import annotations
@@ -10,16 +13,24 @@ import asyncio
 import json
 import socket
 import struct
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue
 
 DEADLINE = 30.0
 """Seconds for one command, and for the connection with its greeting. Closing an image flushes it first."""
 _AGAIN = 0.005
-_LINE = 4 * 1024 * 1024
+_LINE = 256 * 1024
+"""Bytes of a line; the longest answers (lists of a handful of block nodes) have some 10 KiB."""
+_MESSAGES = 1000
+"""Messages in one conversation, which has a dozen as a rule; a busy export adds a few events of failed I/O."""
+_WANTED = "BLOCK_EXPORT_DELETED"
+_KEPT = 16
+_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a malformed answer raises; RecursionError is json's for one that is nested too deeply."""
 
 
 class QmpGone(Exception):
@@ -36,7 +47,8 @@ class QmpLines:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._events: list[dict[str, Any]] = []
+        self._events: deque[dict[str, Any]] = deque(maxlen=_KEPT)
+        self._left = _MESSAGES
 
     async def execute(self, command: str, **arguments: JsonValue) -> Any:
         """The command's return value; argument names with "_" for "-". QmpRefused, QmpGone."""
@@ -47,34 +59,37 @@ class QmpLines:
                 await self._writer.drain()
                 while True:
                     answer = await self._next()
-                    if "event" in answer:
-                        self._events.append(answer)
-                        continue
                     if "error" in answer:
-                        raise QmpRefused(str(answer["error"].get("desc", "")))
-                    return answer.get("return")
+                        raise QmpRefused(_reason(answer["error"]))
+                    if "event" not in answer:
+                        return answer.get("return")
+                    self._keep(answer)
         except (TimeoutError, OSError) as error:
             raise QmpGone(f"no answer to {command}") from error
 
-    async def event(self, name: str) -> dict[str, Any]:
-        """The data of the next event of that name, past ones of this conversation included. QmpGone."""
+    async def event(self, name: Literal["BLOCK_EXPORT_DELETED"]) -> dict[str, Any]:
+        """The data of the next such event, past ones of this conversation included; others are not kept. QmpGone."""
         try:
             async with asyncio.timeout(DEADLINE):
-                while True:
-                    for index, event in enumerate(self._events):
-                        if event["event"] == name:
-                            return dict(self._events.pop(index).get("data", {}))
-                    message = await self._next()
-                    if "event" in message:
-                        self._events.append(message)
+                while not self._events:
+                    self._keep(await self._next())
         except (TimeoutError, OSError) as error:
             raise QmpGone(f"no event {name}") from error
+        data = self._events.popleft().get("data")
+        return data if isinstance(data, dict) else {}
+
+    def _keep(self, message: dict[str, Any]) -> None:
+        if message.get("event") == _WANTED:
+            self._events.append(message)
 
     async def _next(self) -> dict[str, Any]:
+        self._left -= 1
+        if self._left < 0:
+            raise QmpGone("it talks without end")
         try:
             line = await self._reader.readline()
             message = json.loads(line) if line else None
-        except ValueError as error:  # not JSON, or a line without end
+        except (ValueError, RecursionError) as error:  # not JSON, or a line without end
             raise QmpGone("it does not speak QMP") from error
         if not isinstance(message, dict):
             raise QmpGone("it ended the conversation")
@@ -90,10 +105,16 @@ class QmpLines:
         await self.execute("qmp_capabilities")
 
 
+def _reason(error: object) -> str:
+    """What a refusal says, cut to what people read."""
+    return str(error.get("desc", "") if isinstance(error, dict) else error)[:1000]
+
+
 @asynccontextmanager
 async def conversation(path: str, pid: int | None = None) -> AsyncIterator[QmpLines]:
     """Talk to the QMP server on that socket. QmpGone when nobody answers there, or another process than `pid`: the
-    socket's directory may belong to somebody who puts a link in its place."""
+    socket's directory may belong to somebody who puts a link in its place. Also when reading its answers inside the
+    block fails because they are not what they should be."""
     try:
         async with asyncio.timeout(DEADLINE):
             connected = await _connect(path)
@@ -107,6 +128,8 @@ async def conversation(path: str, pid: int | None = None) -> AsyncIterator[QmpLi
         qmp = QmpLines(reader, writer)
         await qmp.greet()
         yield qmp
+    except _NONSENSE as error:
+        raise QmpGone(f"its answers make no sense: {type(error).__name__}") from error
     finally:
         writer.close()
         with suppress(OSError):
