@@ -8,7 +8,9 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import images
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import AlreadyExists, BadImage, HostLacks, InUse, NoSpace, NotFound, TimedOut
 from hostler.model.units import GiB, MiB, TiB
-from hostler.storage import qemu_img
+from hostler.storage import programs, qemu_img
 from hostler.storage.footer import checksum
 from hostler.storage.formats import QEMU_DRIVER, recognise
 from hostler.storage.qemu_img import QemuImg
@@ -56,6 +58,40 @@ async def test_content_survives_every_conversion(tmp_path: Path, source: ImageFo
     assert told
     assert told == sorted(told)
     assert 0 <= told[0] <= told[-1] == 1.0
+
+
+async def test_a_backing_file_named_since_the_look_is_not_followed(tmp_path: Path) -> None:
+    img, secret, source, copy = QemuImg(), tmp_path / "secret", str(tmp_path / 'a,"b'), str(tmp_path / "copy")
+    secret.write_bytes(b"\5" * MiB)
+    await img.create(source, ImageFormat.QCOW2, MiB)
+    images.qemu_io(source, ImageFormat.QCOW2, "write -P 7 512k 64k")
+    name_backing_file(source, secret)
+    assert images.verified(source, ImageFormat.QCOW2, 5, "0 64k")
+    await img.convert(source, ImageFormat.QCOW2, copy, ImageFormat.RAW, MiB)
+    assert images.verified(copy, ImageFormat.RAW, 0, "0 512k")
+    assert images.verified(copy, ImageFormat.RAW, 7, "512k 64k")
+
+
+def name_backing_file(path: str, backing: Path) -> None:
+    """In the header only, as whoever may write the file can do it."""
+    rebase = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", str(backing), path]
+    subprocess.run(rebase, check=True, timeout=60)
+
+
+async def test_a_conversion_has_a_limit_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[programs.Bounds] = []
+    run = programs.run
+
+    async def watch(argv: Sequence[str], subject: str, deadline: float | None, *rest: Any) -> programs.Outcome:
+        if argv[1] == "convert":
+            seen.append(rest[0])
+        return await run(argv, subject, deadline, *rest)
+
+    monkeypatch.setattr(programs, "run", watch)
+    source = tmp_path / "source"
+    source.write_bytes(bytes(MiB))
+    await QemuImg().convert(str(source), ImageFormat.RAW, str(tmp_path / "copy"), ImageFormat.QCOW2, MiB)
+    assert [bounds.memory for bounds in seen] == [4 * GiB]
 
 
 async def test_a_name_that_is_taken_is_never_overwritten(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ QUICK = 300.0
 LOOK_BOUNDS = programs.Bounds(memory=1024**3, cpu=20)
 """qemu-img 7.2 needs less than 256 MiB of address space for an ordinary image; a qcow2 header may ask for tables of
 32 MiB each."""
+COPY_BOUNDS = programs.Bounds(memory=4 * 1024**3)
+"""Address space of a check or a conversion, which also start up to 64 threads with 8 MiB of stack each."""
 
 PART = ".hostler-part"
 """Ending of temporary names."""
@@ -91,7 +93,7 @@ class QemuImg:
     async def check(self, path: str, format: ImageFormat) -> None:
         """Check an image's own structure: BadImage with the number of errors. Formats without a check pass (VHD)."""
         argv = [self._binary, "check", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
-        outcome = await programs.run(argv, f"image {path}", QUICK, programs.Bounds(memory=4 * 1024**3))
+        outcome = await programs.run(argv, f"image {path}", QUICK, COPY_BOUNDS)
         if outcome.status in (0, 3, 63):  # 3: leaked clusters only, no damage; 63: the format has no check
             return
         with suppress(ValueError, KeyError):
@@ -115,14 +117,15 @@ class QemuImg:
         size: int,
         on_progress: OnProgress | None = None,
     ) -> None:
-        """A new image of `size` bytes with the content of `source` (which must not be larger). Errors as `create`, and
-        InUse when a running QEMU writes the source. Takes as long as it takes; cancelling removes the file."""
+        """A new image of `size` bytes with the content of `source` (which must not be larger). A backing file that it
+        names, perhaps only since it was looked at, is not opened. Errors as `create`, and InUse when a running QEMU
+        writes the source. Takes as long as it takes; cancelling removes the file."""
         async with new_file(path) as part:
             await self._create(part, path, format, size)
             # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
             argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", *_source(source, source_format)]
             argv += ["-O", QEMU_DRIVER[format], "--", _named(source, source_format), part]
-            outcome = await programs.run(argv, f"image {path}", None, on_text=_teller(on_progress))
+            outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, _teller(on_progress))
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)
 
@@ -216,12 +219,20 @@ def _taken(path: str) -> AlreadyExists:
 
 
 def _source(source: str, format: ImageFormat) -> Sequence[str]:
+    if format is ImageFormat.QCOW2:
+        return []  # its name says it
     return ["--image-opts"] if format is ImageFormat.VHD_FIXED else ["-f", QEMU_DRIVER[format]]
 
 
 def _named(source: str, format: ImageFormat) -> str:
     """A fixed VHD is read as what it is, raw data before a footer: QEMU's vpc driver takes the size of one that some
-    programs made (Virtual PC, old QEMUs) from its cylinders, heads and sectors, which may leave out its end."""
+    programs made (Virtual PC, old QEMUs) from its cylinders, heads and sectors, which may leave out its end.
+
+    A qcow2 is read without its backing file. Images with one are refused before, but whoever may write the image can
+    name one in its header between that look and this opening, and qemu-img opens as root what is named there."""
+    if format is ImageFormat.QCOW2:
+        file = {"driver": "file", "filename": source}
+        return "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": file}, ensure_ascii=False)
     if format is not ImageFormat.VHD_FIXED:
         return source
     try:
