@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
 
 from hostler.host import adoption
+from hostler.host.resources import Resources
 from hostler.model.disk import Disk, DiskSource, ImageFormat
 from hostler.model.errors import QemuFailed
 from hostler.model.job import Job, JobState
 from hostler.model.machine import RunStatus
 from hostler.model.requests import DiskAdd, MigrateRequest, VmChange, VmCreate
 from hostler.model.units import MiB
-from hostler.model.vm import Autostart, CriticalReason, VmRecord, VmState
+from hostler.model.vm import Autostart, CriticalReason, VmConfig, VmRecord, VmState
 from hostler.store.contract import Put, Transaction
 from hostler.testing.inprocess import Node, Site, until
 from hostler.testing.simulated_world import SimulatedQemu
@@ -99,6 +101,35 @@ async def test_a_qemu_that_died_meanwhile(node: Node) -> None:
     assert "its last words" in record.reason_text
     assert list(await node.store.list("claim/")) == []
     await act(node, "start")
+
+
+async def test_what_a_broken_out_guest_left_does_not_keep_the_daemon_from_starting(node: Node) -> None:
+    record = await create(node)
+    for vm_id in (record.id, "of-nobody"):
+        run_dir = node.application.host.paths.vm_run(vm_id)
+        (run_dir / "x-0.nbd").mkdir(parents=True)
+        for depth in range(1, 1_100):
+            os.mkdir(f"{run_dir}/{'/'.join('d' * depth)}")
+    await restart(node)
+    assert not list((node.application.host.paths.run_dir / "vms").iterdir())
+
+
+async def test_trouble_with_one_vm_does_not_keep_the_daemon_from_starting(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("web", "mail"):
+        record = await create(node, name)
+        node.application.host.paths.vm_run(record.id).mkdir(parents=True)
+    tried: list[str] = []
+
+    async def release(resources: Resources, config: VmConfig) -> None:
+        tried.append(config.name)
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(Resources, "release", release)
+    await restart(node)
+    assert sorted(tried) == ["mail", "web"]
+    assert get(node).state is VmState.OFF
 
 
 async def silent(node: Node) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
 
 import structlog
 
@@ -150,16 +151,28 @@ class Adoption:
             if vm_id not in host.actors:
                 await host.claims.release(vm_id)
         for actor in list(host.actors.values()):
-            await self._tidy_off(actor)
+            await self._one(actor.record.id, self._tidy_off(actor))
         vms = host.paths.run_dir / "vms"
         for directory in sorted(vms.iterdir()) if vms.is_dir() else []:
             if directory.name not in known:
-                log.info("host.leftover", run_dir=str(directory))
-                await host.hypervisor.kill_leftovers(directory.name, str(directory))
-                await host.resources.clear(directory)
+                await self._one(directory.name, self._tidy_leftover(directory))
         await host.resources.remove_stray_taps(
             [a.record.config for a in host.actors.values() if a.machine is not None], keep
         )
+
+    @staticmethod
+    async def _one(vm_id: str, tidying: Awaitable[None]) -> None:
+        """What belongs to a VM's user may be anything: one VM's trouble must not keep the daemon from starting."""
+        try:
+            await tidying
+        except Exception:  # the top of one VM's tidying; the daemon and the other VMs do not depend on its success
+            log.exception("vm.tidy-failed", vm=vm_id)
+
+    async def _tidy_leftover(self, directory: Path) -> None:
+        host = self._host
+        log.info("host.leftover", run_dir=str(directory))
+        await host.hypervisor.kill_leftovers(directory.name, str(directory))
+        await host.resources.clear(directory)
 
     async def _tidy_off(self, actor: VmActor) -> None:
         """A daemon that died just when a VM's end was recorded has not given back what it held."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +26,7 @@ from hostler.model.nic import Network, Nic
 from hostler.model.vm import VmConfig
 from hostler.network.taps import Taps
 from hostler.qemu import access
+from hostler.removal import FEW, remove_tree
 from hostler.storage.exports import Exports
 
 log = structlog.get_logger()
@@ -89,7 +89,7 @@ class Resources:
 
     def discard_saved(self, path: str) -> None:
         """Remove a saved state; harmless when there is none."""
-        Path(path).unlink(missing_ok=True)
+        remove_tree(path, FEW)
 
     # a whole VM
 
@@ -146,9 +146,9 @@ class Resources:
                 await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), disk.id))
         if not moved:
             await asyncio.to_thread(self._revoke_all, config)
-        await asyncio.to_thread(shutil.rmtree, self._paths.vm_run(config.id), ignore_errors=True)
+        await asyncio.to_thread(remove_tree, self._paths.vm_run(config.id))
         if forget:
-            await asyncio.to_thread(shutil.rmtree, self._paths.vm_state(config.id), ignore_errors=True)
+            await asyncio.to_thread(remove_tree, self._paths.vm_state(config.id))
 
     def _revoke_all(self, config: VmConfig) -> None:
         for disk in config.disks:
@@ -167,13 +167,13 @@ class Resources:
     async def _quietly(what: str, work: object) -> None:
         try:
             await work  # type: ignore[misc]
-        except HostlerError as error:
+        except (HostlerError, OSError) as error:
             log.warning("vm.release-failed", what=what, why=str(error))
 
     async def clear(self, run_dir: Path) -> None:
         """Remove a run directory that belongs to no VM, and the exports that work in it."""
         await self._quietly("export", self._exports.stop_all(str(run_dir)))
-        await asyncio.to_thread(shutil.rmtree, run_dir, ignore_errors=True)
+        await asyncio.to_thread(remove_tree, run_dir)
 
     async def remove_stray_taps(self, running: Iterable[VmConfig], coming: Iterable[str]) -> None:
         """Remove this host's taps that belong to no VM that runs or is on its way here (ids)."""

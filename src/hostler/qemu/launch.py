@@ -11,7 +11,7 @@ import asyncio
 import os
 import shutil
 import stat
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 
 from hostler.model.errors import HostLacks, InUse
 from hostler.model.host import Accelerator, QemuFacts
@@ -21,6 +21,7 @@ from hostler.qemu import access, cgroup, process, swtpm
 from hostler.qemu.cmdline import command_line, firmware_template
 from hostler.qemu.listener import check_socket_path, listening_socket
 from hostler.qemu.paths import RunDir, StateDir
+from hostler.removal import remove_tree
 
 KVM_DEVICE = "/dev/kvm"
 
@@ -58,8 +59,7 @@ def prepare(spec: LaunchSpec, facts: QemuFacts, uid: int | None) -> None:
     access.prepare_directory(spec.run_dir, uid)
     access.prepare_directory(spec.state_dir, uid)
     for left in (*run.sockets, run.pid, run.tpm_pid):
-        with suppress(FileNotFoundError):
-            os.unlink(left)
+        remove_tree(left)
     template = firmware_template(spec.config, facts)
     if template is not None:
         copy_variable_store(template, StateDir(spec.state_dir).uefi_vars, uid)
@@ -74,8 +74,7 @@ def copy_variable_store(template: str, path: str, uid: int | None) -> None:
     if os.path.lexists(path):
         return
     new = f"{path}.new"
-    with suppress(FileNotFoundError):
-        os.unlink(new)
+    remove_tree(new)
     try:
         with open(template, "rb") as source, open(new, "xb", opener=_private) as copy:
             shutil.copyfileobj(source, copy)
@@ -85,8 +84,7 @@ def copy_variable_store(template: str, path: str, uid: int | None) -> None:
                 os.fchown(copy.fileno(), uid, uid)
         os.rename(new, path)
     except OSError as error:
-        with suppress(FileNotFoundError):
-            os.unlink(new)
+        remove_tree(new)
         raise access.explain(path, error) from error
 
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import base64
 import math
 import os
-import shutil
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from hostler.removal import FEW, remove_tree
 
 USERNAME = "hostler"
 """Who the key belongs to; both sides must say the same, and each move has a key of its own."""
@@ -50,11 +50,7 @@ def write_key(run_dir: str, secret: str, uid: int) -> str:
 def remove_keys(run_dir: str) -> None:
     """Remove every key of that QEMU; harmless when there is none."""
     for path in Path(run_dir).glob(f"{_PREFIX}*"):
-        if path.is_symlink():
-            with suppress(OSError):
-                path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path, FEW)
 
 
 def ffdhe2048() -> int:

@@ -36,6 +36,7 @@ from hostler.model.errors import (
     QemuFailed,
     TimedOut,
 )
+from hostler.removal import FEW, remove_tree
 from hostler.storage import export_nodes as nodes
 from hostler.storage.export_process import find_all, find_process, spawn, terminate
 from hostler.storage.qemu_img import LOG_PENDING, LogPending
@@ -104,7 +105,7 @@ class Exports:
                 await terminate(pid, control)
         for file in Path(run_dir).glob("x-*.*"):
             if file.suffix in (".nbd", ".qmp", ".pid"):
-                file.unlink(missing_ok=True)
+                remove_tree(file, FEW)
 
     async def serves(self, run_dir: str, disk_id: str) -> str | None:
         """What is behind the export now: "image", "placeholder", or None (closed, or no process)."""
@@ -217,7 +218,7 @@ def _pidfile(run_dir: str, disk_id: str) -> str:
 
 def _remove_files(run_dir: str, disk_id: str) -> None:
     for ending in ("nbd", "qmp", "pid"):
-        Path(f"{run_dir}/x-{disk_id}.{ending}").unlink(missing_ok=True)
+        remove_tree(f"{run_dir}/x-{disk_id}.{ending}", FEW)
 
 
 def _explain(subject: str, error: QmpGone | QmpRefused) -> HostlerError:
