@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import stat
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 
@@ -27,6 +28,7 @@ from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.qemu import commands
 from hostler.qemu.migration import Migrator, go_on
 from hostler.qemu.qmp import QmpSession
+from hostler.removal import FEW, remove_tree
 
 PARTIAL = ".partial"
 """Suffix of a saved state that is being written; one without a running save is a leftover."""
@@ -45,8 +47,8 @@ async def save_to(
     """
     partial = path + PARTIAL
     async with AsyncExitStack() as undo:
-        file = _open(qmp.name, partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        undo.callback(_unlink, partial)
+        file = _create(qmp.name, partial)
+        undo.callback(remove_tree, partial, FEW)
         with os.fdopen(file, "wb", buffering=0):
             if await commands.query_status(qmp) is RunStatus.RUNNING:
                 undo.push_async_callback(_run_again, qmp)
@@ -82,7 +84,7 @@ async def load_from(qmp: QmpSession, migrator: Migrator, path: str) -> None:
     status = await commands.query_status(qmp)
     if status is not RunStatus.INMIGRATE:
         raise WrongState(qmp.name, f"it is {status.value}, not waiting for a saved state", "start it for a restore")
-    with os.fdopen(_open(qmp.name, path, os.O_RDONLY), "rb", buffering=0) as file:
+    with os.fdopen(_open(qmp.name, path), "rb", buffering=0) as file:
         deadline = 60 + os.fstat(file.fileno()).st_size / _SLOWEST
         await migrator.set_up({"late-block-activate": True}, MigrationSettings())
         await commands.getfd(qmp, _FD, file.fileno())
@@ -115,11 +117,27 @@ async def _close(qmp: QmpSession) -> None:
         await commands.closefd(qmp, _FD)
 
 
-def _open(name: str, path: str, flags: int) -> int:
+def _create(name: str, path: str) -> int:
+    """A new file to write. The directory belongs to the VM's user: what is there already, which may be a FIFO that
+    blocks whoever opens it, is removed and not used."""
+    remove_tree(path, FEW)
     try:
-        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _file_error(name, path, error) from error
+
+
+def _open(name: str, path: str) -> int:
+    """The file to read. Opened without waiting for a writer, in case that it is a FIFO."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _file_error(name, path, error) from error
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        os.set_blocking(file, True)
+        return file
+    os.close(file)
+    raise BadImage(name, f"{path} is not a file", "discard the saved state and start the VM afresh", path=path)
 
 
 def _sync_into_place(name: str, file: int, partial: str, path: str) -> None:
@@ -133,11 +151,6 @@ def _sync_into_place(name: str, file: int, partial: str, path: str) -> None:
             os.close(folder)
     except OSError as error:
         raise _file_error(name, path, error) from error
-
-
-def _unlink(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)
 
 
 def _file_error(name: str, path: str, error: OSError) -> HostlerError:
