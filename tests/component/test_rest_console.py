@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from rest_world import PATIENCE, World, running
+from rest_world import PATIENCE, World, record, running
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -134,6 +136,27 @@ async def test_a_daemon_that_stops_says_so(world: World, guest: Guest) -> None:
 async def test_a_vm_that_does_not_run_is_refused_before_the_handshake(world: World) -> None:
     with pytest.raises(InvalidStatus) as caught:
         await _open(world, "vnc")
+    assert caught.value.response.status_code == 409
+    assert b'"code":"wrong-state"' in caught.value.response.body
+
+
+@pytest.mark.parametrize("linked", [True, False])
+async def test_another_socket_in_its_place_is_not_spoken_to(
+    world: World, linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest that broke out owns the directory: what it puts there must not make its console the daemon's own API,
+    where root needs no token."""
+    path = Path(world.app.serial_socket("web1"))
+    if linked:
+        path.symlink_to(world.unix)
+    elif os.geteuid() != 0:
+        pytest.skip("only a daemon that is root gives a QEMU a user of its own")
+    else:
+        config = record("web1").config.but(run_as=1_900_000_321)
+        monkeypatch.setattr(world.app, "get", lambda ref: record(ref).but(config=config))
+        os.link(world.unix, path)
+    with pytest.raises(InvalidStatus) as caught:
+        await _open(world)
     assert caught.value.response.status_code == 409
     assert b'"code":"wrong-state"' in caught.value.response.body
 

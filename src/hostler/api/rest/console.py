@@ -10,9 +10,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hostler.api.rest.state import Rest
 from hostler.model.errors import WrongState
+from hostler.qemu.connector import connect_to
 
 CONNECT_TIME = 5.0
 """Seconds; a unix socket answers at once or its QEMU hangs."""
+AGAIN = 0.05
+"""Seconds between two attempts while its queue is full."""
 CHUNK = 64 * 1024
 
 CLOSE_ENDED = 1000
@@ -21,16 +24,20 @@ CLOSE_TAKEN = 4409
 """4000-4999 are the application's own (RFC 6455 7.4.2); 409 is what HTTP says."""
 
 
-async def bridge(websocket: WebSocket, rest: Rest, name: str, path: str) -> None:
+async def bridge(websocket: WebSocket, rest: Rest, name: str, path: str, owner: int | None) -> None:
     """Connect the two until one end closes. One client at a time: a second one is closed with 4409 at once, since
-    two that type into one line help nobody. WrongState (before the handshake is accepted) when QEMU is not there."""
+    two that type into one line help nobody. WrongState (before the handshake is accepted) when QEMU is not there.
+
+    `owner`: the user the VM's QEMU runs as, None where that is the daemon's. The socket's directory is that user's, who
+    may be hostile: a link to the daemon's own socket in its place would let the client speak to the daemon as root.
+    """
     if path in rest.consoles:
         await websocket.accept()
         await websocket.close(CLOSE_TAKEN, f"{name} is open for another client")
         return
     rest.consoles.add(path)
     try:
-        reader, writer = await _connect(name, path)
+        reader, writer = await _connect(name, path, owner)
         try:
             await websocket.accept()
             await _pump(websocket, rest, reader, writer)
@@ -42,10 +49,17 @@ async def bridge(websocket: WebSocket, rest: Rest, name: str, path: str) -> None
         rest.consoles.discard(path)
 
 
-async def _connect(name: str, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _connect(name: str, path: str, owner: int | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     try:
-        return await asyncio.wait_for(asyncio.open_unix_connection(path), CONNECT_TIME)
-    except (OSError, TimeoutError) as error:
+        async with asyncio.timeout(CONNECT_TIME):
+            while True:
+                with contextlib.suppress(BlockingIOError):  # the socket's queue is full: its last client has just left
+                    return await asyncio.open_unix_connection(sock=connect_to(path, owner))
+                await asyncio.sleep(AGAIN)
+    except PermissionError as error:
+        why = "cannot be opened: what listens there is not the VM's QEMU"
+        raise WrongState(name, why, "turn the VM off: its guest has broken out") from error
+    except OSError as error:  # TimeoutError is one
         raise WrongState(name, "cannot be opened: the VM does not run", "start the VM first") from error
 
 
