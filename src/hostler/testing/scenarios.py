@@ -148,7 +148,7 @@ async def act(node: Node, action: str) -> None:
 
 
 SCENARIOS: tuple[Scenario, ...] = (
-    Scenario("vm.start", ("reserve", "prepare", "launch", "run"), forward_from="launch:after"),
+    Scenario("vm.start", ("reserve", "prepare", "launch", "run"), forward_from="launch:after", insists=True),
     Scenario(
         "vm.shutdown",
         ("ask", "end"),
@@ -163,7 +163,11 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("vm.reset", ("reset",), ("start",), forward_from=NEVER),
     Scenario("vm.save", ("write", "end"), ("start",), forward_from="end:after"),
     Scenario(
-        "vm.restore", ("reserve", "prepare", "launch", "load", "run"), ("start", "save"), forward_from="run:before"
+        "vm.restore",
+        ("reserve", "prepare", "launch", "load", "run"),
+        ("start", "save"),
+        forward_from="run:before",
+        insists=True,
     ),
     Scenario("vm.discard-saved", ("discard",), ("start", "save"), forward_from="discard:before"),
     Scenario("disk.attach", ("take", "plug", "record"), ("start",), disk=True),

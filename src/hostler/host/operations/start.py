@@ -14,14 +14,19 @@ from hostler.model.vm import VmState
 
 
 def run(actor: VmActor) -> Step:
-    """Let the guest's processors go."""
+    """Let the guest's processors go. A guest that has begun is not killed because its record cannot be written."""
+    began = False
 
     async def do(context: JobContext) -> None:
+        nonlocal began
         context.no_return()
-        await actor.present().run()
+        machine = actor.present()
+        if not began:
+            await machine.run()
+            began = True
         await actor.set(state=VmState.RUNNING)
 
-    return Step("run", do)
+    return Step("run", do, insist=lambda: began and actor.machine is not None)
 
 
 def steps(host: Host, actor: VmActor, _params: Params) -> Sequence[Step]:

@@ -1,0 +1,144 @@
+"""A QEMU that does not answer, or answers too late, in the middle of an operation: nothing is given up that it may
+still use, and nothing ends in a state from which no operation leads out."""
+
+from __future__ import annotations
+
+import pytest
+
+from hostler.model.disk import ImageFormat
+from hostler.model.errors import InUse, NoSpace, TimedOut
+from hostler.model.job import Job, JobState
+from hostler.model.machine import RunStatus
+from hostler.model.requests import DiskAdd, VmCreate
+from hostler.model.units import MiB
+from hostler.model.vm import VmRecord, VmState
+from hostler.testing.inprocess import Node, Site
+from hostler.testing.simulated_world import SimulatedQemu
+
+pytestmark = pytest.mark.unit
+
+SILENT = TimedOut("QEMU", "it has not answered")
+
+
+@pytest.fixture
+async def node(site: Site) -> Node:
+    return await site.add("a")
+
+
+def raw(node: Node, name: str) -> DiskAdd:
+    return DiskAdd(volume=node.site.image(name), format=ImageFormat.RAW)
+
+
+async def act(node: Node, action: str) -> Job:
+    return await node.finish(await node.application.vms.act("web", action, "test"))
+
+
+async def running(node: Node) -> SimulatedQemu:
+    request = VmCreate(name="web", memory=64 * MiB, disks=(raw(node, "a.img"),))
+    await node.application.vms.create(request, "test")
+    assert (await act(node, "start")).state is JobState.DONE
+    return qemu(node)
+
+
+def qemu(node: Node) -> SimulatedQemu:
+    (found,) = node.site.world.running.values()
+    return found
+
+
+def vm(node: Node) -> VmRecord:
+    return node.application.vms.get("web")
+
+
+def saved_files(node: Node) -> list[str]:
+    return sorted(p.name for p in node.paths.vm_state(vm(node).id).glob("saved*"))
+
+
+# restore, start
+
+
+async def saved(node: Node) -> None:
+    await running(node)
+    assert (await act(node, "save")).state is JobState.DONE
+
+
+async def test_a_restored_guest_that_begins_late_runs_on(node: Node) -> None:
+    """Its storage hangs while the disks are opened for writing: neither the guest nor its memory is thrown away."""
+    await saved(node)
+    hang = node.faults.hang("vm.restore/run:before")
+    job = await node.application.vms.act("web", "restore", "test")
+    await hang.reached.wait()
+    node.faults.fail("run", SILENT)
+    answers = node.faults.hang("status")  # the look before it runs
+    hang.release.set()
+    await answers.reached.wait()
+    node.faults.fail("status", SILENT, times=2)
+    answers.release.set()
+    ended = await node.finish(job)
+    assert (ended.state, vm(node).state, vm(node).saved) == (JobState.DONE, VmState.RUNNING, None)
+    assert (qemu(node).status, saved_files(node)) == (RunStatus.RUNNING, [])
+
+
+async def test_the_saved_state_is_kept_while_nobody_knows_whether_the_guest_ran(node: Node) -> None:
+    await saved(node)
+    node.faults.fail("run", SILENT)
+    node.faults.fail("run", InUse("disk disk0", "is open in another program"))
+    ended = await act(node, "restore")
+    assert ended.error is not None and ended.error.code == TimedOut.code
+    assert (vm(node).state, saved_files(node)) == (VmState.SAVED, ["saved.state"])
+    node.faults.clear()
+    assert (await act(node, "restore")).state is JobState.DONE
+
+
+@pytest.mark.parametrize("status", [RunStatus.RUNNING, RunStatus.IO_ERROR, RunStatus.GUEST_PANICKED])
+async def test_a_restored_guest_that_was_heard_of_late_is_restored(
+    node: Node, monkeypatch: pytest.MonkeyPatch, status: RunStatus
+) -> None:
+    await saved(node)
+    real = SimulatedQemu.run
+
+    def run(self: SimulatedQemu) -> None:
+        real(self)
+        self.status = status
+        raise SILENT
+
+    monkeypatch.setattr(SimulatedQemu, "run", run)
+    assert (await act(node, "restore")).state is JobState.DONE
+    await node.quiet()
+    assert (qemu(node).status, vm(node).saved, saved_files(node)) == (status, None, [])
+    assert vm(node).state is (VmState.RUNNING if status is RunStatus.RUNNING else VmState.CRITICAL)
+
+
+async def test_a_restored_guest_that_is_gone_leaves_no_saved_state(node: Node) -> None:
+    await saved(node)
+    node.faults.fail("run", SILENT)
+    hang = node.faults.hang("vm.restore/run:before")
+    job = await node.application.vms.act("web", "restore", "test")
+    await hang.reached.wait()
+    looks = node.faults.hang("status")
+    hang.release.set()
+    await looks.reached.wait()
+    asked = node.faults.hang("status")
+    looks.release.set()
+    await asked.reached.wait()
+    assert (vm(node).saved, saved_files(node)) == (None, ["saved.state"])
+    qemu(node).die("")
+    asked.release.set()
+    assert (await node.finish(job)).state is JobState.FAILED
+    await node.quiet()
+    assert (vm(node).state, saved_files(node), node.site.world.running) == (VmState.OFF, [], {})
+
+
+@pytest.mark.parametrize("action", ["start", "restore"])
+async def test_a_guest_that_runs_is_not_killed_for_a_full_disk(node: Node, action: str) -> None:
+    await saved(node)
+    if action == "start":
+        assert (await act(node, "discard-saved")).state is JobState.DONE
+    hang = node.faults.hang("run")
+    job = await node.application.vms.act("web", action, "test")
+    await hang.reached.wait()
+    begun = qemu(node)
+    node.disk.fail("commit", NoSpace("the store", "the disk is full"), times=2)
+    hang.release.set()
+    ended = await node.finish(job)
+    assert (ended.state, vm(node).state) == (JobState.DONE, VmState.RUNNING)
+    assert begun.alive and begun.status is RunStatus.RUNNING
