@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from hostler.model.disk import ImageFormat
+from hostler.model.disk import Disk, ImageFormat
 from hostler.model.errors import InUse, NoSpace, TimedOut
 from hostler.model.job import Job, JobState
 from hostler.model.machine import RunStatus
 from hostler.model.requests import DiskAdd, VmCreate
 from hostler.model.units import MiB
 from hostler.model.vm import VmRecord, VmState
-from hostler.testing.inprocess import Node, Site
+from hostler.testing.inprocess import Node, Site, until
 from hostler.testing.simulated_world import SimulatedQemu
 
 pytestmark = pytest.mark.unit
@@ -142,3 +142,50 @@ async def test_a_guest_that_runs_is_not_killed_for_a_full_disk(node: Node, actio
     ended = await node.finish(job)
     assert (ended.state, vm(node).state) == (JobState.DONE, VmState.RUNNING)
     assert begun.alive and begun.status is RunStatus.RUNNING
+
+
+# disks
+
+
+async def attach(node: Node) -> Job:
+    job = await node.application.vms.attach_disk("web", raw(node, "b.img"), "test")
+    assert isinstance(job, Job)
+    return await node.finish(job)
+
+
+async def test_a_claim_is_kept_for_a_qemu_that_may_still_open_the_image(node: Node) -> None:
+    machine = await running(node)
+    for method in ("attach_disk", "detach_disk", "attached_disks"):
+        node.faults.fail(method, SILENT)
+    ended = await attach(node)
+    assert (ended.state, len(vm(node).config.disks)) == (JobState.FAILED, 1)
+    assert len(await node.store.list("claim/")) == 2
+    machine.guest_ends()
+    await until(lambda: vm(node).state is VmState.OFF)
+    await node.quiet()
+    assert await node.store.list("claim/") == []
+
+
+async def test_a_claim_is_kept_for_a_qemu_that_has_opened_the_image(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = await running(node)
+    real = SimulatedQemu.attach
+
+    def attach_late(self: SimulatedQemu, disk: Disk, export: str | None) -> None:
+        real(self, disk, export)
+        raise SILENT
+
+    monkeypatch.setattr(SimulatedQemu, "attach", attach_late)
+    node.faults.fail("detach_disk", SILENT)
+    assert (await attach(node)).state is JobState.FAILED
+    assert "disk1" in machine.disks
+    assert len(await node.store.list("claim/")) == 2
+
+
+async def test_a_claim_is_given_back_when_qemu_has_let_go(node: Node) -> None:
+    await running(node)
+    node.faults.fail("attach_disk", SILENT)
+    node.faults.fail("detach_disk", SILENT)
+    assert (await attach(node)).state is JobState.FAILED
+    assert len(await node.store.list("claim/")) == 1

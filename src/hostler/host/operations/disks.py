@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import structlog
+
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
 from hostler.host.operations.launching import claim, unclaim
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import Bus, Disk
-from hostler.model.errors import Busy, NotFound, WrongState
+from hostler.model.errors import Busy, HostlerError, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.vm import VmConfig, VmRecord, VmState
+
+log = structlog.get_logger()
 
 CHANGEABLE = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.OFF})
 
@@ -57,7 +61,8 @@ def attach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
 
 
 def _take(host: Host, actor: VmActor, disk: Disk) -> Step:
-    """Claim the volume and let QEMU reach it."""
+    """Claim the volume and let QEMU reach it. Undone, both are given back, unless QEMU may still have the disk: then
+    they go when the VM stops."""
 
     async def do(_context: JobContext) -> None:
         await host.volumes.check_disks((disk,))
@@ -66,11 +71,30 @@ def _take(host: Host, actor: VmActor, disk: Disk) -> Step:
             await host.resources.grant(actor.record.config, disk)
 
     async def undo(_context: JobContext) -> None:
-        if actor.record.config.disk(disk.id) is None:
-            await host.resources.revoke(actor.record.config, disk)
-            await unclaim(host, actor, (disk,))
+        if actor.record.config.disk(disk.id) is not None:
+            return
+        if await _may_have(actor, disk):
+            log.warning("vm.disk-kept", vm=actor.record.id, disk=disk.id, path=disk.source.path)
+            return
+        await host.resources.revoke(actor.record.config, disk)
+        await unclaim(host, actor, (disk,))
 
     return Step("take", do, undo)
+
+
+async def _may_have(actor: VmActor, disk: Disk) -> bool:
+    """Whether QEMU has the disk, or may have it yet: one that does not answer may finish an attach later. One that does
+    has finished it, and is made to close an image that no device uses, which is not among the attached disks."""
+    if actor.machine is None:
+        return False
+    try:
+        if disk.id in await actor.machine.attached_disks():
+            return True
+        await actor.machine.detach_disk(disk.id, 5.0)
+    except HostlerError as error:
+        log.info("vm.disk-unknown", vm=actor.record.id, disk=disk.id, why=str(error))
+        return actor.machine is not None
+    return False
 
 
 def detach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
