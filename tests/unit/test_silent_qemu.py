@@ -11,7 +11,7 @@ from hostler.model.job import Job, JobState
 from hostler.model.machine import RunStatus
 from hostler.model.requests import DiskAdd, VmCreate
 from hostler.model.units import MiB
-from hostler.model.vm import VmRecord, VmState
+from hostler.model.vm import CriticalReason, VmRecord, VmState
 from hostler.testing.inprocess import Node, Site, until
 from hostler.testing.simulated_world import SimulatedQemu
 
@@ -189,3 +189,42 @@ async def test_a_claim_is_given_back_when_qemu_has_let_go(node: Node) -> None:
     node.faults.fail("detach_disk", SILENT)
     assert (await attach(node)).state is JobState.FAILED
     assert len(await node.store.list("claim/")) == 1
+
+
+# states
+
+
+@pytest.mark.parametrize(("before", "action", "method"), [((), "pause", "stop"), (("pause",), "resume", "run")])
+async def test_a_vm_whose_qemu_hangs_can_be_turned_off(
+    node: Node, before: tuple[str, ...], action: str, method: str
+) -> None:
+    machine = await running(node)
+    for step in before:
+        assert (await act(node, step)).state is JobState.DONE
+    await node.quiet()
+    node.faults.fail(method, SILENT)
+    node.faults.fail("status", SILENT)
+    assert (await act(node, action)).state is JobState.FAILED
+    assert (vm(node).state, vm(node).reason) == (VmState.CRITICAL, CriticalReason.INCONSISTENT)
+    assert (await act(node, "turn-off")).state is JobState.DONE
+    assert (vm(node).state, vm(node).reason, machine.alive) == (VmState.OFF, None, False)
+
+
+async def test_a_vm_whose_qemu_hung_for_a_while_is_what_it_is(node: Node) -> None:
+    machine = await running(node)
+    await node.quiet()
+    node.faults.fail("stop", SILENT)
+    node.faults.fail("status", SILENT)
+    assert (await act(node, "pause")).state is JobState.FAILED
+    assert vm(node).state is VmState.CRITICAL
+    machine.stop()
+    await until(lambda: vm(node).state is VmState.PAUSED)
+    assert vm(node).reason is None
+
+
+async def test_a_running_vm_whose_qemu_is_slow_stays_running(node: Node) -> None:
+    await running(node)
+    await node.quiet()
+    node.faults.fail("status", SILENT)
+    await node.application.host.actor("web").settle()
+    assert vm(node).state is VmState.RUNNING

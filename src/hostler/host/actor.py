@@ -34,6 +34,10 @@ SETTLING_EVENTS = frozenset(
 
 MAY_HAVE_PROCESS = HAS_PROCESS | {VmState.CRITICAL}
 
+NEEDS_A_JOB = HAS_PROCESS - {VmState.RUNNING, VmState.PAUSED}
+"""States on the way to another one. Without a job that is under way nobody would lead out of them, and no operation
+begins in them: a VM whose QEMU does not answer must not stay there, or it could not even be turned off."""
+
 SETTLE_AFTER = 0.05
 """Seconds after a success until the actor looks for itself: whoever asked has the answer by then."""
 
@@ -258,7 +262,9 @@ class VmActor:
             status = await machine.status()
             trouble = await machine.io_failed() if status.value == "io-error" else {}
         except HostlerError as error:
-            log.info("vm.settle-later", vm=self._record.id, why=str(error))  # QEMU is going: `_lost` follows
+            log.info("vm.settle-later", vm=self._record.id, why=str(error))  # mostly QEMU is going: `_lost` follows
+            if isinstance(error, TimedOut) and self._record.state in NEEDS_A_JOB:
+                await self._take(Verdict(VmState.CRITICAL, CriticalReason.INCONSISTENT, "its QEMU does not answer"))
             return
         await self._take(verdict_running(status, trouble))
 
