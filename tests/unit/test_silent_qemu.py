@@ -3,6 +3,8 @@ still use, and nothing ends in a state from which no operation leads out."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hostler.model.disk import Disk, ImageFormat
@@ -228,3 +230,49 @@ async def test_a_running_vm_whose_qemu_is_slow_stays_running(node: Node) -> None
     node.faults.fail("status", SILENT)
     await node.application.host.actor("web").settle()
     assert vm(node).state is VmState.RUNNING
+
+
+# save
+
+
+async def killed_while_it_saves(node: Node) -> tuple[SimulatedQemu, Path]:
+    """The daemon is killed while QEMU writes, and QEMU goes on with that."""
+    machine = await running(node)
+    hang = node.faults.hang("vm.save/write:before")
+    await node.application.vms.act("web", "save", "test")
+    await hang.reached.wait()
+    await node.application.host.actor("web").set(state=VmState.SAVING)
+    await node.die()
+    partial = Path(f"{node.paths.saved_state(machine.spec.config.id)}.partial")
+    partial.write_text("half of it")
+    machine.stop()
+    machine.set_progress(status="active")
+    return machine, partial
+
+
+async def test_a_save_that_lost_its_daemon_is_given_up_before_the_guest_goes_on(node: Node) -> None:
+    machine, partial = await killed_while_it_saves(node)
+    await node.start()
+    await until(lambda: machine.progress.status == "cancelling")
+    assert machine.status is RunStatus.PAUSED
+    looked = node.faults.calls.count("migration_state")
+    await until(lambda: node.faults.calls.count("migration_state") > looked)
+    assert machine.status is RunStatus.PAUSED
+    machine.set_progress(status="cancelled")
+    await node.quiet()
+    assert (vm(node).state, machine.status) == (VmState.RUNNING, RunStatus.RUNNING)
+    assert not partial.exists()
+
+
+async def test_a_save_that_cannot_be_given_up_leaves_the_guest_stopped(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, partial = await killed_while_it_saves(node)
+    monkeypatch.setattr("hostler.host.operations.save.LOOKS", 2)
+    monkeypatch.setattr("hostler.host.operations.save.LOOK_AGAIN", 0)
+    await node.start()
+    await node.quiet()
+    assert (vm(node).state, machine.status) == (VmState.PAUSED, RunStatus.PAUSED)
+    assert not partial.exists()
+    machine.set_progress(status="cancelled")
+    assert (await act(node, "resume")).state is JobState.DONE

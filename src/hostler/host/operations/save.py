@@ -5,18 +5,28 @@ The disks stay claimed while it is saved: nobody else may change what its memory
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
+from hostler.host.hypervisor import Machine
 from hostler.host.operation import Operation, Params
 from hostler.host.operations.launching import end_machine
 from hostler.host.steps import JobContext, Step
-from hostler.model.errors import QemuFailed
+from hostler.model.errors import QemuFailed, TimedOut
 from hostler.model.job import Job, Progress
 from hostler.model.machine import MigrationEnd
 from hostler.model.migration import MigrationProgress
 from hostler.model.vm import VmState
+from hostler.qemu.saved import PARTIAL
+
+WRITING = frozenset({"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug"})
+"""QEMU's migration states (qapi/migration.json) in which it may still stop the guest."""
+LOOK_AGAIN = 0.02
+"""Seconds between two looks at a transfer that is being cancelled: usually the first or second finds it ended."""
+LOOKS = 1500
+"""Makes 30 s: one chunk of memory to a storage that hardly moves."""
 
 
 def save_progress(context: JobContext, progress: MigrationProgress) -> None:
@@ -40,15 +50,29 @@ def write(host: Host, actor: VmActor) -> Step:
     async def undo(context: JobContext) -> None:
         if actor.record.state is VmState.SAVED:
             return
-        host.resources.discard_saved(host.resources.saved_path(actor.record.config))
+        path = host.resources.saved_path(actor.record.config)
+        host.resources.discard_saved(path)
+        host.resources.discard_saved(path + PARTIAL)
         if actor.machine is None or actor.record.state is not VmState.SAVING:
             return
+        await _stop_writing(actor.subject, actor.machine)
         run = bool(context.job.data.get("was_running", True))
         if run:
             await actor.machine.run()
         await actor.set(state=VmState.RUNNING if run else VmState.PAUSED)
 
     return Step("write", do, undo)
+
+
+async def _stop_writing(subject: str, machine: Machine) -> None:
+    """Make QEMU give the transfer up, which it goes on with when the daemon that began it has died; at its end it would
+    stop a guest that has been let go on. TimedOut when it does not."""
+    await machine.cancel_migration()
+    for _ in range(LOOKS):
+        if (await machine.migration_state()).status not in WRITING:
+            return
+        await asyncio.sleep(LOOK_AGAIN)
+    raise TimedOut(subject, "its QEMU does not give up writing its memory", "turn it off if it stays so")
 
 
 def end(host: Host, actor: VmActor) -> Step:
