@@ -19,6 +19,7 @@ import pytest
 
 from hostler.model.disk import Disk, DiskSource, ImageFormat
 from hostler.model.errors import BadImage, HostLacks, InUse, InvalidInput, NotFound, NotPermitted, QemuFailed
+from hostler.model.mark import Part, mark
 from hostler.model.units import MiB
 from hostler.storage.export_process import find_all, find_process
 from hostler.storage.exports import Exports
@@ -390,5 +391,5 @@ async def test_as_root_it_runs_as_the_vms_user_and_reaches_only_its_files(here: 
     pid = find_process(f"{directory}/x-{disk.id}.qmp")
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     assert status["Uid"].split() == status["Gid"].split() == [str(uid)] * 4
-    assert status["Groups"].split() == []
+    assert status["Groups"].split() == [str(mark(directory, Part.EXPORT))]
     assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0

@@ -19,6 +19,7 @@ from hostler.model.disk import Disk, ImageFormat
 from hostler.model.errors import HostLacks, InUse, InvalidInput
 from hostler.model.host import QemuFacts
 from hostler.model.machine import LaunchSpec
+from hostler.model.mark import Part, mark
 from hostler.model.nic import Network
 from hostler.model.units import MiB
 from hostler.model.vm import Firmware, Process
@@ -245,7 +246,7 @@ async def test_qemu_has_no_right_but_its_own_files(room: Path, host: QemuFacts) 
     async with running(spec, host) as qemu, RawQmp(RunDir(spec.run_dir).qmp) as qmp:
         fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{qemu.pid}/status").read_text().splitlines())
         assert set(fields["Uid"].split()) == set(fields["Gid"].split()) == {str(UID)}
-        assert fields["Groups"].strip() in ("", str(UID))
+        assert set(fields["Groups"].split()) - {str(UID)} == {str(mark(spec.run_dir, Part.MACHINE))}
         assert {fields[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
         assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
         assert os.getsid(qemu.pid) == qemu.pid

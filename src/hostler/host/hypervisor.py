@@ -112,10 +112,12 @@ class Hypervisor(Protocol):
         nothing of it is left, and the error carries its output."""
 
     async def adopt(self, vm_id: str, run_dir: str) -> Machine | None:
-        """The machine of that VM if its QEMU is alive (found by run directory, also if its pid was never recorded)."""
+        """The machine of that VM if its QEMU is alive (found by run directory, also if its pid was never recorded).
+        None: nothing of a QEMU is left there."""
 
     async def last_output(self, run_dir: str) -> str:
         """What the QEMU that ran there wrote last (at most 4 KiB), "" if unknown."""
 
     async def kill_leftovers(self, vm_id: str, run_dir: str) -> None:
-        """Kill every process that belongs to that run directory (QEMU, swtpm); returns when they are gone."""
+        """End every process that belongs to that run directory (QEMU, swtpm, exports where the VM has a user of its
+        own); returns when they are gone. TimedOut when some are left."""

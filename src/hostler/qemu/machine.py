@@ -4,7 +4,7 @@ Implements `Machine` and `Hypervisor` of hostler.host.hypervisor, whose docstrin
 beside this one; this one ties it to a process and a session.
 
     launch: process started --QMP answers--> machine;  QEMU ends, or does not answer --> killed, nothing left, error
-    adopt:  found by its run directory --QMP answers--> machine;  none found --> None
+    adopt:  found by its run directory --QMP answers--> machine;  none found --> None, once what hides is killed
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, Run
 from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.model.nic import Network
 from hostler.model.vm import Process, VmConfig
-from hostler.qemu import cgroup, commands, hotplug, process, psk, saved, swtpm
+from hostler.qemu import cgroup, commands, hotplug, process, psk, saved, survivors, swtpm
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.cmdline import aio_for, nic_device_id
 from hostler.qemu.failures import image_error, start_error
@@ -108,8 +108,9 @@ class QemuMachine:
         await self._qmp.close()
 
     async def wait_gone(self) -> str:
-        """Wait for the process to end; its last output."""
+        """Wait for the process to end, and with it whatever it left behind; its last output."""
         await process.wait_gone(self._process)
+        await survivors.end_machine_surely(self._process.run_dir)
         await self._qmp.close()
         return process.last_output(self._process.run_dir)
 
@@ -219,15 +220,18 @@ class QemuHypervisor:
             raise
 
     async def adopt(self, vm_id: str, run_dir: str) -> QemuMachine | None:
-        """The machine of that VM, None when it has no QEMU. QemuFailed when there is one that does not answer."""
+        """The machine of that VM, None when it has no QEMU. QemuFailed when there is one that does not answer. A QEMU
+        that is not what it was started as, or what it left, is killed first: None means that nothing is there."""
         found = process.find(run_dir)
         if found is None:
+            await survivors.end_machine(run_dir)
             return None
         name = f"vm {vm_id}"
         try:
             qmp = await _connect(name, found, ADOPT_DEADLINE)
         except (QemuFailed, TimedOut) as error:
             if not process.is_alive(found):
+                await survivors.end_machine(run_dir)
                 return None
             raise QemuFailed(name, error.cause, error.advice, pid=found.pid) from error
         return QemuMachine(vm_id, name, found, qmp, aio_for(self._facts), incoming=None)
@@ -237,9 +241,17 @@ class QemuHypervisor:
         return process.last_output(run_dir)
 
     async def kill_leftovers(self, vm_id: str, run_dir: str) -> None:
-        """Kill QEMU and swtpm of that directory and wait until they are gone."""
-        while (found := process.find(run_dir)) is not None:
+        """End every process of that directory (where the VM has a user of its own: every one of this user) and wait
+        until they are gone. TimedOut when some are left."""
+        for _ in range(survivors.ROUNDS):  # bounded, since whoever forks quickly could keep us here
+            found = process.find(run_dir)
+            if found is None:
+                break
             await process.kill(found)
+        await swtpm.stop(run_dir)
+        await survivors.end_all(run_dir)
+        if found is not None and process.is_alive(found):
+            raise TimedOut(f"process {found.pid}", "is started again as often as it is killed", "look at who does that")
         await _clear(vm_id, Process(pid=0, started=0, run_dir=run_dir))
 
 

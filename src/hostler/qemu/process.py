@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from hostler.model.errors import HostLacks, NotPermitted, TimedOut
+from hostler.model.mark import Part, mark
 from hostler.model.vm import Process
 from hostler.qemu.paths import RunDir
 
@@ -38,7 +39,7 @@ _LOOKS, _LOOK_AGAIN = 20, 0.001
 _FILES: Final = 16_384
 """Descriptors a QEMU may have open."""
 
-_ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+ENVIRONMENT: Final = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
 
 def spawn(
@@ -51,17 +52,17 @@ def spawn(
 ) -> Process:
     """Start a program detached from us; returns once it is on its way (a fifth of a millisecond).
 
-    `uid`: run as this user (group of the same number, and `group` beside it); None: as ourselves. `fds`: descriptors
-    it inherits under the same numbers. Output goes to the file `log`, made anew. HostLacks when the program is not
-    there; what happens after exec shows in the log and in `wait_gone`.
+    `uid`: run as this user (group of the same number, beside it `group` and the VM's mark); None: as ourselves.
+    `fds`: descriptors it inherits under the same numbers. Output goes to the file `log`, made anew. HostLacks when the
+    program is not there; what happens after exec shows in the log and in `wait_gone`.
     """
-    program = shutil.which(argv[0], path=_ENVIRONMENT["PATH"])
+    program = shutil.which(argv[0], path=ENVIRONMENT["PATH"])
     if program is None:
         raise HostLacks(f"program {argv[0]}", "is not installed on this host", "install it and try again")
     output = _new_log(log)
     try:
         child = subprocess.Popen(
-            [*_as_user(uid, group), program, *argv[1:]],
+            [*as_user(uid, [group, mark(run_dir, Part.MACHINE)]), program, *argv[1:]],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -69,7 +70,7 @@ def spawn(
             start_new_session=True,
             cwd="/",
             umask=0o077,
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
         )
     except OSError as error:
         raise HostLacks(
@@ -81,7 +82,7 @@ def spawn(
     child.returncode = 0
     _allow_files(child.pid)
     # Until it is reaped the pid is its own, so its start time can be read also when it is dead already.
-    return Process(pid=child.pid, started=_started(child.pid) or 0, run_dir=run_dir)
+    return Process(pid=child.pid, started=first_tick(child.pid) or 0, run_dir=run_dir)
 
 
 def start_time(pid: int) -> int | None:
@@ -91,8 +92,9 @@ def start_time(pid: int) -> int | None:
     return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
 
 
-def _started(pid: int) -> int | None:
-    """The same for the dead too, as long as they are not reaped."""
+def first_tick(pid: int) -> int | None:
+    """The same for the dead too, as long as they are not reaped. A process whose first thread has ended shows as dead
+    though the others run on."""
     fields = _stat(pid)
     return None if fields is None else int(fields[19])
 
@@ -175,6 +177,13 @@ async def kill(process: Process, deadline: float = _KILL_DEADLINE) -> None:
         ) from error
 
 
+def ask_to_end(process: Process) -> None:
+    """Send it SIGTERM. Harmless when it is gone."""
+    with _pidfd(process) as fd:
+        if fd is not None:
+            _signal(fd, process, signal.SIGTERM)
+
+
 def _step_back(pid: int) -> None:
     """Give way to everybody: giving back a guest's memory takes a processor for a tenth of a second per GiB, just when
     the same guest begins to run elsewhere, perhaps on this machine."""
@@ -210,16 +219,16 @@ def _allow_files(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _as_user(uid: int | None, group: int | None) -> list[str]:
+def as_user(uid: int | None, groups: Sequence[int | None]) -> list[str]:
     """The prefix that gives up every right for good. Empty where we are that user already."""
     if uid is None or uid == os.geteuid():
         return []
-    groups = "--clear-groups" if group is None else f"--groups={group}"
+    beside = ",".join(str(group) for group in groups if group is not None)
     rights = ["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]
-    setpriv = shutil.which("setpriv", path=_ENVIRONMENT["PATH"])
+    setpriv = shutil.which("setpriv", path=ENVIRONMENT["PATH"])
     if setpriv is None:
         raise HostLacks("program setpriv", "is not installed on this host", "install the package util-linux")
-    return [setpriv, f"--reuid={uid}", f"--regid={uid}", groups, *rights, "--"]
+    return [setpriv, f"--reuid={uid}", f"--regid={uid}", f"--groups={beside}", *rights, "--"]
 
 
 def _new_log(path: str) -> int:
@@ -279,7 +288,7 @@ def _pidfd(process: Process) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield fd if _started(process.pid) == process.started else None
+        yield fd if first_tick(process.pid) == process.started else None
     finally:
         os.close(fd)
 

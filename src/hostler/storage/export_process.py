@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hostler.model.errors import HostLacks, QemuFailed, TimedOut
+from hostler.model.mark import Part, mark
 from hostler.storage.programs import NOT_RUN
 from hostler.storage.qmp import peer_pid
 
@@ -29,7 +30,7 @@ _SERVER = ",server=on,wait=off"
 async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int | None) -> None:
     """Start one, with nothing exported yet; it answers on `control` when this returns. HostLacks, QemuFailed."""
     argv = [
-        *_as_user(run_as),
+        *_as_user(run_as, os.path.dirname(control)),
         binary,
         "--daemonize",
         "--pidfile",
@@ -70,10 +71,10 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
         raise QemuFailed(f"export {nbd}", f"{binary} did not start: {output}", output=output)
 
 
-def _as_user(run_as: int | None) -> list[str]:
+def _as_user(run_as: int | None, run_dir: str) -> list[str]:
     if run_as is None or os.geteuid() != 0:
         return []
-    user = ["--reuid", str(run_as), "--regid", str(run_as), "--clear-groups"]
+    user = ["--reuid", str(run_as), "--regid", str(run_as), "--groups", str(mark(run_dir, Part.EXPORT))]
     return ["setpriv", *user, "--bounding-set=-all", "--no-new-privs", "--"]
 
 
