@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -392,12 +393,21 @@ async def test_a_full_disk_while_saving(rig: Rig, disk: Disk) -> None:
 
 async def test_a_device_that_is_full(rig: Rig, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for everyone: the file that is saved to is /dev/full."""
-    (rig.path / "state.partial").symlink_to("/dev/full")
-    monkeypatch.setattr(os, "O_NOFOLLOW", 0)
+    partial, really = rig.path / "state.partial", os.open
+
+    def full(path: str, *how: Any, **where: Any) -> int:
+        opened = really(path, *how, **where)
+        if path == str(partial):
+            device = really("/dev/full", os.O_WRONLY)
+            os.dup2(device, opened)
+            os.close(device)
+        return opened
+
+    monkeypatch.setattr(os, "open", full)
     source = await rig.start("p0", disks=(disk,))
     with pytest.raises(NoSpace):
         await source.save_to(str(rig.path / "state"), ignore)
-    assert not (rig.path / "state.partial").is_symlink()
+    assert not partial.exists()
     await runs_and_can_still_move(rig, source, disk)
 
 
