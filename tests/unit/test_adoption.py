@@ -19,6 +19,7 @@ from hostler.model.units import MiB
 from hostler.model.vm import Autostart, CriticalReason, VmConfig, VmRecord, VmState
 from hostler.store.contract import Put, Transaction
 from hostler.testing.inprocess import Node, Site, until
+from hostler.testing.simulated import SimulatedHypervisor
 from hostler.testing.simulated_world import SimulatedQemu
 
 pytestmark = pytest.mark.unit
@@ -130,6 +131,22 @@ async def test_trouble_with_one_vm_does_not_keep_the_daemon_from_starting(
     await restart(node)
     assert sorted(tried) == ["mail", "web"]
     assert get(node).state is VmState.OFF
+
+
+async def test_a_log_that_cannot_be_read_does_not_keep_the_daemon_from_starting(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def last_output(hypervisor: SimulatedHypervisor, run_dir: str) -> str:
+        raise IsADirectoryError(run_dir)
+
+    await create(node)
+    await act(node, "start")
+    machine = qemu(node)
+    await node.die()
+    machine.die("its last words")
+    monkeypatch.setattr(SimulatedHypervisor, "last_output", last_output)
+    await node.start()
+    assert (get(node).state, get(node).reason) == (VmState.OFF, CriticalReason.QEMU_DIED)
 
 
 async def silent(node: Node) -> None:

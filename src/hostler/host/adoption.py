@@ -74,7 +74,8 @@ class Adoption:
         run_dir = str(host.paths.vm_run(vm_id))
         machine = await host.hypervisor.adopt(vm_id, run_dir)
         if machine is None:
-            actor.note_last_output(await host.hypervisor.last_output(run_dir))
+            with contextlib.suppress(OSError):  # its log lies in its user's directory, and may be anything
+                actor.note_last_output(await host.hypervisor.last_output(run_dir))
             return False
         actor.attach(machine)
         return True
