@@ -55,7 +55,7 @@ def write(host: Host, actor: VmActor) -> Step:
         host.resources.discard_saved(path + PARTIAL)
         if actor.machine is None or actor.record.state is not VmState.SAVING:
             return
-        await _stop_writing(actor.subject, actor.machine)
+        await stop_writing(actor.subject, actor.machine)
         run = bool(context.job.data.get("was_running", True))
         if run:
             await actor.machine.run()
@@ -64,7 +64,7 @@ def write(host: Host, actor: VmActor) -> Step:
     return Step("write", do, undo)
 
 
-async def _stop_writing(subject: str, machine: Machine) -> None:
+async def stop_writing(subject: str, machine: Machine) -> None:
     """Make QEMU give the transfer up, which it goes on with when the daemon that began it has died; at its end it would
     stop a guest that has been let go on. TimedOut when it does not."""
     await machine.cancel_migration()
