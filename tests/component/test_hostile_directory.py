@@ -44,7 +44,7 @@ async def test_a_fifo_in_the_place_of_a_saved_state_blocks_nobody(rig: Rig) -> N
 
 async def test_directories_in_the_place_of_its_files_do_not_keep_it_from_starting(rig: Rig) -> None:
     spec = rig.spec()
-    for name in ("qmp.sock", "serial.sock", "vnc.sock", "swtpm.pid"):
+    for name in ("qmp.sock", "serial.sock", "vnc.sock", "swtpm.pid", "qemu.log"):
         os.makedirs(f"{spec.run_dir}/{name}/full")
     machine = await rig.launch(spec)
     assert (await machine.screenshot()).startswith(b"\x89PNG")

@@ -58,7 +58,7 @@ def prepare(spec: LaunchSpec, facts: QemuFacts, uid: int | None) -> None:
     run = RunDir(spec.run_dir)
     access.prepare_directory(spec.run_dir, uid)
     access.prepare_directory(spec.state_dir, uid)
-    for left in (*run.sockets, run.pid, run.tpm_pid):
+    for left in (*run.sockets, run.pid, run.tpm_pid, run.log, run.tpm_log):
         remove_tree(left)
     template = firmware_template(spec.config, facts)
     if template is not None:
