@@ -65,8 +65,7 @@ def _take(host: Host, actor: VmActor, disk: Disk) -> Step:
     they go when the VM stops."""
 
     async def do(_context: JobContext) -> None:
-        await host.volumes.check_disks((disk,))
-        if actor.machine is not None:
+        if actor.machine is not None:  # the image was looked at just now, when the request was resolved
             await claim(host, actor, (disk,))
             await host.resources.grant(actor.record.config, disk)
 
