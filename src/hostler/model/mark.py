@@ -9,7 +9,7 @@ sides of a move. No file belongs to these groups, so that they open nothing.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from enum import IntEnum
 from typing import Final
 
@@ -28,7 +28,8 @@ SPAN: Final = 1_000_000
 
 def mark(run_dir: str, part: Part) -> int:
     """The group of the processes that do this for the VM of a run directory."""
-    return part + zlib.crc32(run_dir.encode("utf-8", "surrogateescape")) % SPAN
+    digest = hashlib.sha256(run_dir.encode("utf-8", "surrogateescape")).digest()
+    return part + int.from_bytes(digest[:8], "big") % SPAN
 
 
 def is_mark(group: int) -> bool:
