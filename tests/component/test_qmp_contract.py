@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -340,8 +341,17 @@ async def test_saved_and_loaded(makers: Makers) -> None:
 async def test_saving_to_a_full_disk(makers: Makers, monkeypatch: pytest.MonkeyPatch) -> None:
     source = await makers.session("a")
     await commands.cont(source)
-    (makers.rig.path / "state.partial").symlink_to("/dev/full")
-    monkeypatch.setattr(os, "O_NOFOLLOW", 0)
+    partial, really = makers.rig.path / "state.partial", os.open
+
+    def full(path: str, *how: Any, **where: Any) -> int:
+        opened = really(path, *how, **where)
+        if path == str(partial):
+            device = really("/dev/full", os.O_WRONLY)
+            os.dup2(device, opened)
+            os.close(device)
+        return opened
+
+    monkeypatch.setattr(os, "open", full)
     with pytest.raises(NoSpace):
         await saved.save_to(source, makers.migrator(source), str(makers.rig.path / "state"), ignore)
     assert await commands.query_status(source) is RunStatus.RUNNING
