@@ -41,6 +41,18 @@ async def test_a_host_does_not_join_itself_or_a_namesake(site: Site) -> None:
     assert [h.name for h in await a.application.hosts.list()] == ["a", "b"]
 
 
+async def test_a_host_does_not_become_another_one(site: Site) -> None:
+    """An invitation lets a host in, not take the place of one that is known: anybody can put any id into a certificate."""
+    a, b = await site.add("a"), await site.add("b")
+    await site.join(a, b)
+    known = a.application.peers.get("b")
+    with pytest.raises(AlreadyExists, match="another certificate"):
+        await a.application.peers.add(known.but(fingerprint="0" * 64, certificate="another"))
+    assert a.application.peers.get("b") == known
+    await a.application.peers.add(known.but(address="127.0.0.1:1"))
+    assert a.application.peers.get("b").address == "127.0.0.1:1"
+
+
 async def test_what_was_joined_is_known_after_a_restart(site: Site) -> None:
     a, b = await site.add("a"), await site.add("b")
     await site.join(a, b)
