@@ -42,7 +42,7 @@ async def test_a_host_does_not_join_itself_or_a_namesake(site: Site) -> None:
 
 
 async def test_a_host_does_not_become_another_one(site: Site) -> None:
-    """An invitation lets a host in, not take the place of one that is known: anybody can put any id into a certificate."""
+    """An invitation lets a host in; it does not give it the place of a known one. Any id can stand in a certificate."""
     a, b = await site.add("a"), await site.add("b")
     await site.join(a, b)
     known = a.application.peers.get("b")
