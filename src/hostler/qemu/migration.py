@@ -131,7 +131,7 @@ class Migrator:
     async def set_up(self, capabilities: dict[str, bool], settings: MigrationSettings) -> None:
         """Set every capability and parameter Hostler uses: those in `capabilities`, and all others off."""
         off = {"return-path": False, "late-block-activate": False, "multifd": False}
-        await commands.migrate_set_capabilities(self._qmp, off | {"events": True} | capabilities)
+        await _set_capabilities(self._qmp, off | {"events": True} | capabilities)
         await commands.migrate_set_parameters(
             self._qmp,
             {
@@ -207,6 +207,23 @@ async def _progress(qmp: QmpSession) -> MigrationProgress:
     info = await commands.query_migrate(qmp)
     with commands.understood(qmp, "query-migrate"):
         return progress_of(info)
+
+
+async def _set_capabilities(qmp: QmpSession, wanted: dict[str, bool]) -> None:
+    """Also right after a move that was given up: QEMU winds it up for some milliseconds and refuses meanwhile."""
+    for pause in (0.001, 0.005, 0.02, 0.1, 0.5, 1.0, 2.0):
+        try:
+            return await commands.migrate_set_capabilities(qmp, wanted)
+        except QemuFailed as error:
+            if "migration process in progress" not in error.cause or await _is_sending(qmp):
+                raise
+        await asyncio.sleep(pause)
+    return await commands.migrate_set_capabilities(qmp, wanted)
+
+
+async def _is_sending(qmp: QmpSession) -> bool:
+    """Whether a migration is really under way, not only being wound up."""
+    return (await commands.query_migrate(qmp)).get("status") in ("setup", "active", "device", "postcopy-active")
 
 
 async def go_on(qmp: QmpSession) -> None:
