@@ -143,16 +143,16 @@ def _identity(config: VmConfig, view: TargetView, move_id: str) -> Iterable[Bloc
 
 def _disks(request: IncomingRequest, view: TargetView) -> Iterable[Blocker]:
     same_machine = bool(request.boot_id) and request.boot_id == view.facts.boot_id
-    for disk in request.config.disks:
-        path = disk.source.path
-        if disk.source.kind is SourceKind.DEVICE:
+    for disk, layer in [(d, s) for d in request.config.disks for s in d.source.layers()]:
+        path = layer.path
+        if layer.kind is SourceKind.DEVICE:
             if not same_machine or path not in view.devices:
                 yield Blocker(
                     kind=BlockerKind.PASS_THROUGH,
                     text=f"disk {disk.id} is the device {path} of this machine, passed through",
                     advice=f"detach it first: hostler disk remove {request.config.name} {disk.id}",
                 )
-        elif view.inodes.get(path) is None or view.inodes[path] != request.inodes.get(path):
+        elif layer.local and (view.inodes.get(path) is None or view.inodes[path] != request.inodes.get(path)):
             found = "is another file" if path in view.inodes else "does not exist"
             yield Blocker(
                 kind=BlockerKind.VOLUME_NOT_SHARED,

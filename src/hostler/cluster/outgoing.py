@@ -78,7 +78,7 @@ class Move:
         """What the target is asked to prepare."""
         record = self.actor.record
         config = record.config
-        paths = [d.source.path for d in config.disks if d.source.kind is SourceKind.VOLUME]
+        paths = [s.path for d in config.disks for s in d.source.layers() if s.kind is SourceKind.VOLUME]
         return IncomingRequest(
             id=move_id,
             config=config,

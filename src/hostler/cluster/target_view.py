@@ -22,7 +22,7 @@ async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]
     config = request.config
     others = [a.record for a in host.actors.values() if a.record.id != config.id]
     coming = [r.config for r in pending if r.config.id != config.id]
-    paths = [d.source.path for d in config.disks]
+    paths = [s.path for d in config.disks for s in d.source.layers() if s.local]
     boot = config.kernel
     boot_files = [boot.kernel, boot.initrd or boot.kernel] if boot else []
     devices = [d.source.path for d in config.disks if d.source.kind is SourceKind.DEVICE]
@@ -52,11 +52,11 @@ def _admission(host: Host, config: VmConfig) -> HostlerError | None:
 async def _claimed(host: Host, config: VmConfig) -> dict[str, str]:
     """Paths of its disks that other VMs hold here in a way that excludes it, each with the holder's name."""
     found: dict[str, str] = {}
-    for disk in config.disks:
-        for claim in await host.claims.on(disk.source.path):
-            if claim.vm != config.id and (claim.write or disk.writes):
+    for disk, layer in [(d, s) for d in config.disks for s in d.source.layers() if s.kind is not SourceKind.EMPTY]:
+        for claim in await host.claims.on(layer.path):
+            if claim.vm != config.id and (claim.write or (disk.writes and layer is disk.source)):
                 holder = host.actors.get(claim.vm)
-                found[disk.source.path] = holder.record.name if holder else claim.vm
+                found[layer.path] = holder.record.name if holder else claim.vm
     return found
 
 

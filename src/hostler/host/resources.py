@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from hostler.host.paths import Paths
-from hostler.model.disk import Disk, ImageFormat, SourceKind
+from hostler.model.disk import Disk
 from hostler.model.errors import HostlerError
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec
@@ -30,9 +30,6 @@ from hostler.removal import FEW, remove_tree
 from hostler.storage.exports import Exports
 
 log = structlog.get_logger()
-
-EXPORTED = frozenset({ImageFormat.VHD, ImageFormat.VHDX})
-"""Formats whose QEMU drivers block migration (verified on QEMU 7.2: "does not support live migration")."""
 
 
 class Settings(Protocol):
@@ -81,7 +78,7 @@ class Resources:
         """The socket of the export that serves this disk; None where QEMU opens it itself."""
         if not needs_export(disk):
             return None
-        return self._exports.socket(str(self._paths.vm_run(config.id)), disk.id)
+        return self._exports.socket(str(self._paths.vm_run(config.id)), base_name(disk))
 
     def saved_path(self, config: VmConfig) -> str:
         """Where its saved state goes."""
@@ -112,16 +109,11 @@ class Resources:
         if config.run_as is None:
             return
         for disk in config.disks:
-            self._grant_one(disk.source.path, config.run_as, disk.writes)
+            _grant_layers(disk, config.run_as)
         if config.kernel is not None:
             for path in (config.kernel.kernel, config.kernel.initrd):
                 if path is not None:
                     self._grant_readable(path, config.run_as)
-
-    @staticmethod
-    def _grant_one(path: str, uid: int, write: bool) -> None:
-        access.check_reachable(path, uid)
-        access.grant(os.path.realpath(path), uid, write)
 
     @staticmethod
     def _grant_readable(path: str, uid: int) -> None:
@@ -143,7 +135,7 @@ class Resources:
                 await self._quietly("tap", self._taps.delete(config.id, nic.id))
         for disk in config.disks:
             if needs_export(disk):
-                await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), disk.id))
+                await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), base_name(disk)))
         if not moved:
             await asyncio.to_thread(self._revoke_all, config)
         await asyncio.to_thread(remove_tree, self._paths.vm_run(config.id))
@@ -158,10 +150,13 @@ class Resources:
     def _revoke_one(config: VmConfig, disk: Disk) -> None:
         if config.run_as is None:
             return
-        try:
-            access.revoke(os.path.realpath(disk.source.path), config.run_as)
-        except HostlerError as error:
-            log.warning("vm.revoke-failed", vm=config.id, disk=disk.id, why=str(error))
+        for layer in disk.source.layers():
+            if not layer.local:
+                continue
+            try:
+                access.revoke(os.path.realpath(layer.path), config.run_as)
+            except HostlerError as error:
+                log.warning("vm.revoke-failed", vm=config.id, disk=disk.id, why=str(error))
 
     @staticmethod
     async def _quietly(what: str, work: object) -> None:
@@ -189,20 +184,20 @@ class Resources:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.revoke, config, disk)
             if config.run_as is not None:
-                await asyncio.to_thread(self._grant_one, disk.source.path, config.run_as, disk.writes)
+                await asyncio.to_thread(_grant_layers, disk, config.run_as)
             await self._start_export(config, disk, placeholder=False)
             undo.pop_all()
 
     async def revoke(self, config: VmConfig, disk: Disk) -> None:
         """Take it back."""
         if needs_export(disk):
-            await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), disk.id))
+            await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), base_name(disk)))
         await asyncio.to_thread(self._revoke_one, config, disk)
 
     async def _start_export(self, config: VmConfig, disk: Disk, placeholder: bool) -> None:
         if needs_export(disk):
             run_dir = str(self._paths.vm_run(config.id))
-            await self._exports.start(run_dir, disk, config.run_as, placeholder)
+            await self._exports.start(run_dir, base_of(disk), config.run_as, placeholder)
 
     # hand-over
 
@@ -210,13 +205,13 @@ class Resources:
         """Open the images behind the exports: this host owns them now. Harmless when they are open."""
         for disk in config.disks:
             if needs_export(disk):
-                await self._exports.open_image(str(self._paths.vm_run(config.id)), disk)
+                await self._exports.open_image(str(self._paths.vm_run(config.id)), base_of(disk))
 
     async def close_exports(self, config: VmConfig) -> None:
         """Close the images behind the exports, so that another host can open them."""
         for disk in config.disks:
             if needs_export(disk):
-                await self._exports.close_image(str(self._paths.vm_run(config.id)), disk)
+                await self._exports.close_image(str(self._paths.vm_run(config.id)), base_of(disk))
 
     # network
 
@@ -230,6 +225,27 @@ class Resources:
             await self._taps.check_bridge(nic.bridge)
 
 
+def _grant_layers(disk: Disk, uid: int) -> None:
+    """Its top layer for writing, what is below for reading."""
+    for layer in disk.source.layers():
+        if layer.local:
+            access.check_reachable(layer.path, uid)
+            access.grant(os.path.realpath(layer.path), uid, disk.writes and layer is disk.source)
+
+
 def needs_export(disk: Disk) -> bool:
-    """Whether a disk is served by an export of its own."""
-    return disk.source.kind is SourceKind.VOLUME and disk.source.format in EXPORTED
+    """Whether the base of a disk is served by an export of its own."""
+    return disk.source.base.exported
+
+
+def base_name(disk: Disk) -> str:
+    """What identifies the export of its base."""
+    return disk.layer_name(disk.source.base)
+
+
+def base_of(disk: Disk) -> Disk:
+    """The base as the export knows it: a disk of its own, named like the layer, and written only where it is the disk's
+    only layer."""
+    base = disk.at(disk.source.base)
+    alone = disk.source.backing is None
+    return base.model_copy(update={"id": base_name(disk), "read_only": disk.read_only or not alone})

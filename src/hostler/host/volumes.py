@@ -189,16 +189,16 @@ def _require_same_format(volume: Volume, wanted: ImageFormat | None) -> None:
 
 
 def _look_at(disks: Sequence[Disk]) -> None:
-    for disk in disks:
+    for disk, layer in [(d, s) for d in disks for s in d.source.layers()]:
         try:
-            if disk.source.kind is SourceKind.DEVICE:
-                os.stat(disk.source.path)
-            else:
-                recognise(disk.source.path, disk.source.format)
+            if layer.kind in (SourceKind.DEVICE, SourceKind.CHAIN):
+                os.stat(layer.path)
+            elif layer.kind is SourceKind.VOLUME:
+                recognise(layer.path, layer.format, overlay=layer.backing is not None)
         except (OSError, NotFound) as error:
             cause = error.strerror if isinstance(error, OSError) else error.cause
             raise NotFound(
-                f"disk {disk.id} ({disk.source.path})",
+                f"disk {disk.id} ({layer.path})",
                 f"cannot be reached: {cause}",
                 "mount its storage, or remove the disk",
             ) from error

@@ -192,6 +192,8 @@ class VmRecord(Record):
     saved: str | None = None
     job: str | None = None
     """The job that holds this VM now."""
+    checkpoint: str | None = None
+    """Id of the checkpoint that the present state builds on."""
     next_config: VmConfig | None = None
     """A changed configuration that waits for the next start."""
     handed_to: str | None = None

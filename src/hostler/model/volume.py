@@ -13,7 +13,7 @@ from enum import StrEnum
 from pydantic import Field
 
 from hostler.model.base import Record
-from hostler.model.disk import ImageFormat
+from hostler.model.disk import ImageFormat, SourceKind
 
 
 class VolumeState(StrEnum):
@@ -36,7 +36,12 @@ VOLUME_TRANSITIONS: dict[VolumeState, frozenset[VolumeState]] = {
 
 class Volume(Record):
     """A named disk image known to this host. `size` is what a guest sees, `allocated` what the file takes now (bytes).
-    `backing` is the path of the image it builds on, if any."""
+
+    `backing` is the path of the image it builds on, if any. `pool` is the pool it is in ("" for one at a path of its
+    own). `owner` is the id of the VM it was made for and goes with (layers of checkpoints); None for one that stands
+    alone. `generation` grows with each change of its content or size by a job: a job that comes late, or twice, is
+    refused. `node` is the layer's token in its disk (see DiskSource); `kind` where it is.
+    """
 
     name: str
     path: str
@@ -44,6 +49,12 @@ class Volume(Record):
     size: int = Field(ge=0)
     allocated: int = Field(default=0, ge=0)
     backing: str | None = None
+    kind: SourceKind = SourceKind.VOLUME
+    pool: str = ""
+    owner: str | None = None
+    generation: int = 0
+    node: str = ""
+    notes: str = ""
     state: VolumeState = VolumeState.READY
     created: datetime | None = None
 

@@ -12,7 +12,9 @@ The same two dictionaries serve the command line (`-blockdev JSON`, `-device JSO
 - The protocol node is nested in the format node: one command makes both, and deleting the format node deletes both.
 - Identifiers of people have no dots (model.disk.DeviceId), so `<id>.file` never meets another disk's name; node names
   have at most 31 characters in QEMU (`BlockDriverState.node_name[32]`), longer ones are shortened with a checksum.
-- `backing: null`: a backing path inside a qcow2 is never followed, whoever wrote it.
+- A disk with several layers is a chain of format nodes, each nested in the one above as its `backing`; a layer's node
+  is `<id>`, or `<id>.<node>` where the layer has a token (model.disk.DiskSource.node).
+- `backing: null` below the last layer: a backing path inside a qcow2 is never followed, whoever wrote it.
 - Fixed VHD: data first, a 512-byte footer last. It is opened as raw with a fixed size, because QEMU's vpc driver (as
   vhdx and dynamic vpc) registers a migration blocker; the footer stays untouched.
 - Dynamic VHD and VHDX are served by another process as an NBD export for the same reason; without an export they are
@@ -28,7 +30,7 @@ from typing import Final, Literal
 
 from pydantic import JsonValue
 
-from hostler.model.disk import Bus, CacheMode, Disk, ImageFormat, Media, SourceKind
+from hostler.model.disk import Bus, CacheMode, Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import InvalidInput
 
 Options = dict[str, JsonValue]
@@ -49,13 +51,30 @@ _DRIVER: Final[dict[ImageFormat, str]] = {
 
 
 def node_name(disk: Disk) -> str:
-    """The node the device uses, and the one to name in blockdev-del, block jobs and BLOCK_IO_ERROR: the disk's id."""
-    return disk.id
+    """The node the device uses, and the one to name in blockdev-del, block jobs and BLOCK_IO_ERROR: the top layer's,
+    which is the disk's id unless the layer was made later."""
+    return layer_node(disk, disk.source)
+
+
+def layer_node(disk: Disk, layer: DiskSource) -> str:
+    """The format node of one of its layers, at most 31 characters."""
+    return _short(disk.layer_name(layer))
+
+
+def is_layer_of(disk_id: str, node: str) -> bool:
+    """Whether a format node is one of that disk's layers, or a copy of it under way."""
+    if node.endswith(".file"):
+        return False
+    return node == disk_id or node.startswith((f"{disk_id}.", f"{disk_id[:17]}."))
 
 
 def protocol_node_name(disk: Disk) -> str:
-    """The node below it, at most 31 characters."""
-    return _short(f"{disk.id}.file")
+    """The protocol node below the top layer, at most 31 characters."""
+    return _protocol(disk, disk.source)
+
+
+def _protocol(disk: Disk, layer: DiskSource) -> str:
+    return _short(f"{disk.layer_name(layer)}.file")
 
 
 def device_id(disk: Disk) -> str:
@@ -69,33 +88,48 @@ def disk_id(device: str) -> str | None:
 
 
 def export_name(disk: Disk) -> str:
-    """The name under which an NBD export serves this disk."""
-    return disk.id
+    """The name under which an NBD export serves the base of this disk."""
+    return disk.layer_name(disk.source.base)
 
 
 def needs_export(disk: Disk) -> bool:
-    """Whether QEMU cannot migrate this format itself, so that a live-migratable VM needs it served over NBD."""
-    return disk.source.format in (ImageFormat.VHD, ImageFormat.VHDX)
+    """Whether QEMU cannot migrate its base's format itself, so that a live-migratable VM needs it served over NBD."""
+    return disk.source.base.exported
 
 
 def blockdev_options(disk: Disk, export: str | None = None, aio: Aio = "threads") -> Options:
     """The block graph of `disk`, for `-blockdev` and blockdev-add.
 
-    `export`: unix socket of the NBD export that serves it; then the image itself is not touched. `aio`: how files
-    and devices are read; "native" falls back to "threads" where the cache mode goes through the page cache, which
+    `export`: unix socket of the NBD export that serves its base; then that image itself is not touched. `aio`: how
+    files and devices are read; "native" falls back to "threads" where the cache mode goes through the page cache, which
     Linux AIO cannot do. InvalidInput for a fixed VHD of unknown size.
     """
-    protocol = _nbd_options(disk, export) if export is not None else _file_options(disk, aio)
+    options: Options | None = None
+    for layer in reversed(list(disk.source.layers())):
+        options = _layer_options(disk, layer, export if layer.backing is None else None, aio, options)
+    assert options is not None
+    return options
+
+
+def overlay_options(disk: Disk, aio: Aio = "threads") -> Options:
+    """The top layer alone, with nothing below it: as blockdev-snapshot wants it."""
+    return _layer_options(disk, disk.source, None, aio, None)
+
+
+def _layer_options(disk: Disk, layer: DiskSource, export: str | None, aio: Aio, backing: Options | None) -> Options:
+    """One layer on top of `backing`. Layers below the top one are only read."""
+    common = _common_options(disk, writes=disk.writes and layer is disk.source)
+    protocol = _nbd_options(disk, layer, export, common) if export else _file_options(disk, layer, aio, common)
     options: Options = {
-        "driver": "raw" if export is not None else _DRIVER[disk.source.format],
-        "node-name": node_name(disk),
-        **_common_options(disk),
+        "driver": "raw" if export is not None else _DRIVER[layer.format],
+        "node-name": layer_node(disk, layer),
+        **common,
         "file": protocol,
     }
-    if export is None and disk.source.format is ImageFormat.QCOW2:
-        options["backing"] = None
-    if export is None and disk.source.format is ImageFormat.VHD_FIXED:
-        options["size"] = _fixed_size(disk)
+    if export is None and layer.format is ImageFormat.QCOW2:
+        options["backing"] = backing
+    if export is None and layer.format is ImageFormat.VHD_FIXED:
+        options["size"] = _fixed_size(disk, layer)
     return options
 
 
@@ -149,52 +183,53 @@ def _ide_place(disk: Disk) -> Options:
     return {"bus": f"ide.{disk.unit}", "unit": 0}
 
 
-def _common_options(disk: Disk) -> Options:
+def _common_options(disk: Disk, writes: bool) -> Options:
     """What is said on both layers. `detect-zeroes` stays off: it reads every written byte, and guests that care send
     discards themselves."""
     return {
-        "read-only": not disk.writes,
+        "read-only": not writes,
         "auto-read-only": False,
-        "discard": "unmap" if disk.discard and disk.writes else "ignore",
+        "discard": "unmap" if disk.discard and writes else "ignore",
         "cache": {"direct": disk.cache is CacheMode.NONE, "no-flush": False},
     }
 
 
-def _file_options(disk: Disk, aio: Aio) -> Options:
+def _file_options(disk: Disk, layer: DiskSource, aio: Aio, common: Options) -> Options:
     """`locking: on` instead of QEMU's default `auto`, which silently goes without locks where the host has none."""
     possible = aio if aio != "native" or disk.cache is CacheMode.NONE else "threads"
     return {
-        "driver": "host_device" if disk.source.kind is SourceKind.DEVICE else "file",
-        "node-name": protocol_node_name(disk),
-        "filename": disk.source.path,
+        "driver": "host_device" if layer.kind is SourceKind.DEVICE else "file",
+        "node-name": _protocol(disk, layer),
+        "filename": layer.path,
         "locking": "on",
         "aio": possible,
-        **_common_options(disk),
+        **common,
     }
 
 
-def _nbd_options(disk: Disk, export: str) -> Options:
+def _nbd_options(disk: Disk, layer: DiskSource, export: str, common: Options) -> Options:
     return {
         "driver": "nbd",
-        "node-name": protocol_node_name(disk),
+        "node-name": _protocol(disk, layer),
         "server": {"type": "unix", "path": export},
         "export": export_name(disk),
         "reconnect-delay": RECONNECT_DELAY,
-        **_common_options(disk),
+        **common,
     }
 
 
-def _fixed_size(disk: Disk) -> int:
-    if disk.source.size == 0 or disk.source.size % 512:
+def _fixed_size(disk: Disk, layer: DiskSource) -> int:
+    if layer.size == 0 or layer.size % 512:
         raise InvalidInput(
             f"disk {disk.id}",
-            f"the fixed VHD {disk.source.path} has {disk.source.size} bytes on record, which is not a multiple of 512",
+            f"the fixed VHD {layer.path} has {layer.size} bytes on record, which is not a multiple of 512",
             "register the volume again, so that its size is read from its footer",
         )
-    return disk.source.size
+    return layer.size
 
 
 def _short(name: str) -> str:
     if len(name) <= NODE_NAME_MAX:
         return name
-    return f"{name[:17]}.{zlib.crc32(name.encode()):08x}.file"
+    ending = ".file" if name.endswith(".file") else ""
+    return f"{name[:17]}.{zlib.crc32(name.encode()):08x}{ending}"

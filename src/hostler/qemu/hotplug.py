@@ -142,7 +142,37 @@ async def detach_disk(qmp: QmpSession, disk_id: str, timeout: float) -> None:
         event = await events.wait_for(lambda e: _tells_of(e, device), timeout)
         if event is None or event.name != "DEVICE_DELETED":
             await _refuse_if_there(qmp, disk_id, device, timeout)
-    await _release(qmp, disk_id)
+    await _release_all(qmp, disk_id)
+
+
+async def _release_all(qmp: QmpSession, disk_id: str) -> None:
+    """Delete every node of a disk. Layers made while the VM ran are nodes of their own; what is nested in a node goes
+    with it, and a node that another one builds on goes after that one."""
+    for pause in (*_RELEASE_PAUSES, None):
+        error: QemuFailed | None = None
+        while left := [n for n in await commands.block_nodes(qmp) if blockdev.is_layer_of(disk_id, n)]:
+            outcomes = [await _try_release(qmp, node) for node in left]
+            error = next((e for e in outcomes if e is not None), None)
+            if all(outcomes):
+                break
+        if error is None:
+            return
+        if pause is None:
+            raise error
+        await asyncio.sleep(pause)
+
+
+async def _try_release(qmp: QmpSession, node: str) -> QemuFailed | None:
+    """Delete a node; the refusal where it is still in use, or nested in another one."""
+    try:
+        await commands.blockdev_del(qmp, node)
+    except QemuFailed as error:
+        if "Failed to find node" in error.cause:
+            return None
+        if "in use" not in error.cause and "not owned by the monitor" not in error.cause:
+            raise
+        return error
+    return None
 
 
 async def _unplug(qmp: QmpSession, device: str) -> None:
@@ -168,20 +198,6 @@ async def _refuse_if_there(qmp: QmpSession, disk_id: str, device: str, timeout: 
             f"the guest did not let go of it within {timeout:g} s",
             "unmount it in the guest and try again; turning the VM off always works",
         )
-
-
-async def _release(qmp: QmpSession, node: str) -> None:
-    """Delete the node of a disk (it has the disk's id as its name)."""
-    for pause in (*_RELEASE_PAUSES, None):
-        try:
-            await commands.blockdev_del(qmp, node)
-            return
-        except QemuFailed as error:
-            if "Failed to find node" in error.cause:
-                return
-            if pause is None or "in use" not in error.cause:
-                raise
-            await asyncio.sleep(pause)
 
 
 async def attached_disks(qmp: QmpSession) -> frozenset[str]:

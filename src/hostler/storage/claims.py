@@ -1,5 +1,7 @@
 """Who may open a volume or device: any number of readers, or exactly one writer.
 
+Of a disk with several layers the top one is claimed for writing, those below for reading: two VMs may build on one
+base.
 A claim is kept by what is really behind a name: a file by its path without symbolic links, a block device by its major
 and minor number, so that two names of one thing are one claim. All claims on one thing are one entry of the store
 ("claim/<thing>"), hence compare-and-swap on it decides every race; "claim-of/<vm>" lists a VM's things, so that a
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from hostler.model.disk import Disk
+from hostler.model.disk import Disk, SourceKind
 from hostler.model.errors import Busy, InUse, NotFound, WrongState
 from hostler.model.volume import Claim
 from hostler.store.contract import ABSENT, Check, CheckFailed, Delete, Entry, Put, Store, Transaction
@@ -66,9 +68,13 @@ class ClaimBook:
         CheckFailed at its commit means that somebody else was faster: plan again."""
         wanted: dict[str, list[tuple[Claim, str]]] = {}
         for disk in disks:
-            path = real_path(disk.source.path)
-            claim = Claim(path=path, vm=vm, disk=disk.id, write=disk.writes, generation=generation)
-            wanted.setdefault(path, []).append((claim, f"{disk.source.kind} {disk.source.path}"))
+            for layer in disk.source.layers():
+                if layer.kind is SourceKind.EMPTY:
+                    continue
+                path = real_path(layer.path) if layer.local else layer.path
+                write = disk.writes and layer is disk.source
+                claim = Claim(path=path, vm=vm, disk=disk.id, write=write, generation=generation)
+                wanted.setdefault(path, []).append((claim, f"{layer.kind} {layer.path}"))
         held = [await self._held(path) for path in sorted(wanted)]
         writes: list[Put | Delete] = []
         for thing in held:

@@ -61,20 +61,21 @@ class Shape:
     allocated: int
 
 
-def recognise(path: str, declared: ImageFormat | None = None, deep: bool = False) -> Shape:
+def recognise(path: str, declared: ImageFormat | None = None, deep: bool = False, overlay: bool = False) -> Shape:
     """The format of a regular file, by content.
 
     `declared`: the user's (or our record's) word: for raw it is simply taken, every other one must agree with the
-    content. `deep` also looks for lost blocks of a dynamic VHD. Raises NotFound, NotPermitted, InvalidInput (no regular
-    file), BadImage (damaged, refers to other files, another format than declared, one we do not use). Reads at most a
-    few MiB; call it in a thread.
+    content. `deep` also looks for lost blocks of a dynamic VHD. `overlay`: our record
+    knows it as a layer on top of another one, so a qcow2 may name a backing file (which nobody follows). Raises
+    NotFound, NotPermitted, InvalidInput (no regular file), BadImage (damaged, refers to other files, another format than
+    declared, one we do not use). Reads at most a few MiB; call it in a thread.
     """
     fd = open_regular(path)
     try:
         size, allocated = _sizes(fd)
         if declared is ImageFormat.RAW:
             return Shape(declared, size, allocated)
-        shape = _probe(fd, path, size, allocated, deep)
+        shape = _probe(fd, path, size, allocated, deep, overlay)
         if declared is None:
             return shape if shape.format is not ImageFormat.RAW else _raw_by_default(path, shape)
         if shape.format is not declared:
@@ -119,11 +120,11 @@ def _sizes(fd: int) -> tuple[int, int]:
     return found.st_size, found.st_blocks * 512
 
 
-def _probe(fd: int, path: str, size: int, allocated: int, deep: bool) -> Shape:
+def _probe(fd: int, path: str, size: int, allocated: int, deep: bool, overlay: bool) -> Shape:
     """By the marks at the start, then by the one at the end (fixed VHD)."""
     head = os.pread(fd, 4096, 0)
     if head.startswith(b"QFI\xfb"):
-        return Shape(ImageFormat.QCOW2, _qcow2(fd, path, head), allocated)
+        return Shape(ImageFormat.QCOW2, _qcow2(fd, path, head, overlay), allocated)
     if head.startswith(vhdx.SIGNATURE):
         return Shape(ImageFormat.VHDX, _vhdx(fd, path), allocated)
     if head.startswith(vhd.COOKIE):
@@ -135,14 +136,14 @@ def _probe(fd: int, path: str, size: int, allocated: int, deep: bool) -> Shape:
     return Shape(ImageFormat.RAW, size, allocated)
 
 
-def _qcow2(fd: int, path: str, head: bytes) -> int:
+def _qcow2(fd: int, path: str, head: bytes, overlay: bool) -> int:
     if len(head) < 72:
         raise _damaged(path, "qcow2", "its header is cut off")
     _, version, backing_at, backing_length, _, size, encryption, entries, table, counts = _QCOW.unpack_from(head)
     if version not in (2, 3):
         raise BadImage(f"image {path}", f"is qcow version {version}, not 2 or 3", _FLATTEN)
     features = struct.unpack_from(">Q", head, 72)[0] if version == 3 and len(head) >= 80 else 0
-    if backing_at:
+    if backing_at and not overlay:
         name = os.pread(fd, min(backing_length, 1023), backing_at) if backing_at < 2**62 else b""
         raise _refers(path, "backing file", name.decode("utf-8", "replace"))
     if features & _QCOW2_DATA_FILE:
