@@ -67,8 +67,8 @@ def recognise(path: str, declared: ImageFormat | None = None, deep: bool = False
     `declared`: the user's (or our record's) word: for raw it is simply taken, every other one must agree with the
     content. `deep` also looks for lost blocks of a dynamic VHD. `overlay`: our record
     knows it as a layer on top of another one, so a qcow2 may name a backing file (which nobody follows). Raises
-    NotFound, NotPermitted, InvalidInput (no regular file), BadImage (damaged, refers to other files, another format than
-    declared, one we do not use). Reads at most a few MiB; call it in a thread.
+    NotFound, NotPermitted, InvalidInput (no regular file), BadImage (damaged, refers to other files, another format
+    than declared, one we do not use). Reads at most a few MiB; call it in a thread.
     """
     fd = open_regular(path)
     try:
