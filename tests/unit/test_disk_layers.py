@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from hostler.model.disk import MAX_LAYERS, Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
 from hostler.qemu import blockdev
 
+pytestmark = pytest.mark.unit
+
 BASE = DiskSource(path="/v/base.vhdx", format=ImageFormat.VHDX, size=1024)
 MIDDLE = DiskSource(path="/v/one.qcow2", format=ImageFormat.QCOW2, size=1024, node="aa11", backing=BASE)
 TOP = DiskSource(path="/v/two.qcow2", format=ImageFormat.QCOW2, size=1024, node="bb22", backing=MIDDLE)
