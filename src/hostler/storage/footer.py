@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -33,11 +34,13 @@ class DiskType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a footer with a right checksum says. `size` in bytes; `table` is the offset of the dynamic header."""
+    """What a footer with a right checksum says. `size` in bytes; `table` is the offset of the dynamic header; `id` is
+    what a differencing VHD knows its parent by."""
 
     kind: int
     size: int
     table: int
+    id: uuid.UUID
 
 
 def checksum(block: bytes, at: int) -> int:
@@ -52,7 +55,7 @@ def parse_footer(block: bytes) -> Footer | None:
     fields = _FOOTER.unpack_from(block)
     if fields[12] != checksum(block[:SECTOR], 64):
         return None
-    return Footer(kind=fields[11], size=fields[9], table=fields[3])
+    return Footer(kind=fields[11], size=fields[9], table=fields[3], id=uuid.UUID(bytes=fields[13]))
 
 
 def check_blocks(fd: int, path: str, footer: Footer) -> None:
