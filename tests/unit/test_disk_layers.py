@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from hostler.model.disk import MAX_LAYERS, Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
+from hostler.model.disk import MAX_LAYERS, Bus, Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
 from hostler.qemu import blockdev
 
 pytestmark = pytest.mark.unit
@@ -38,6 +38,9 @@ def test_a_record_of_the_first_version_is_one_layer() -> None:
         lambda: DiskSource(path="/v/x", format=ImageFormat.QCOW2, node="UPPER", backing=BASE),
         lambda: Disk(id="d", source=DiskSource(kind=SourceKind.EMPTY, path="")),
         lambda: Disk(id="d", source=BASE, reservations=True),
+        lambda: Disk(id="d", source=BASE, bus=Bus.FLOPPY),
+        lambda: Disk(id="d", source=BASE, bus=Bus.SCSI, media=Media.FLOPPY),
+        lambda: Disk(id="d", source=BASE, media=Media.FLOPPY, unit=2),
         lambda: IoLimits(iops=5, iops_read=3),
         lambda: IoLimits(bandwidth_burst=5),
     ],
@@ -58,7 +61,9 @@ def test_a_chain_has_an_end() -> None:
 def test_an_empty_drive_writes_nothing_a_floppy_does() -> None:
     empty = DiskSource(kind=SourceKind.EMPTY, path="")
     assert not Disk(id="cd0", source=empty, media=Media.CDROM).writes
-    assert Disk(id="fd0", source=empty, media=Media.FLOPPY).writes
+    floppy = Disk(id="fd0", source=empty, media=Media.FLOPPY)
+    assert floppy.writes
+    assert floppy.bus is Bus.FLOPPY
 
 
 def test_the_block_graph_is_the_recorded_chain() -> None:

@@ -125,11 +125,21 @@ def disk(text: str) -> DiskAdd:
 
 
 def cdrom(path: str) -> DiskAdd:
-    """`--cdrom ISO`: on IDE, where every firmware and installer finds it."""
+    """`--cdrom ISO|none`: on IDE, where every firmware and installer finds it."""
+    return _drive("cdrom", path, bus="ide", media="cdrom", read_only=True)
+
+
+def floppy(path: str) -> DiskAdd:
+    """`--floppy IMAGE|none`."""
+    return _drive("floppy", path, media="floppy")
+
+
+def _drive(what: str, path: str, **fields: Any) -> DiskAdd:
+    """A drive with the medium in that file, or without one. A file that is called "none" is written "./none"."""
     from hostler.model.requests import DiskAdd  # noqa: PLC0415
 
-    fields = {"format": "raw", "bus": "ide", "media": "cdrom", "read_only": True}
-    return request(DiskAdd, f"cdrom {path!r}", volume=absolute(path), **fields)
+    medium = {} if path == "none" else {"volume": absolute(path), "format": "raw"}
+    return request(DiskAdd, f"{what} {path!r}", **medium, **fields)
 
 
 def nic(text: str) -> NicAdd:

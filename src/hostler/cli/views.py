@@ -85,10 +85,10 @@ def disks(vm: Json) -> Table:
         (
             disk["id"],
             _address(disk),
-            _size(disk["source"]["size"]),
-            disk["source"]["format"],
+            _size(disk["source"]["size"]) if disk["source"]["path"] else "-",
+            disk["source"]["format"] if disk["source"]["path"] else "-",
             _disk_kind(disk),
-            disk["source"]["path"],
+            disk["source"]["path"] or "(empty)",
         )
         for disk in vm["config"]["disks"]
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from hostler.host.context import Host
-from hostler.model.disk import Bus, Disk, DiskSource, Media
+from hostler.model.disk import BUS_NAMES, Bus, Disk, DiskSource, Media, SourceKind
 from hostler.model.errors import HostLacks, InUse, InvalidInput, LimitExceeded
 from hostler.model.limits import Limits
 from hostler.model.names import check_name, new_id
@@ -21,6 +21,10 @@ from hostler.qemu.pci import free_nic_slot, nic_slots
 
 CHANGES_AT_ONCE = frozenset({"name", "notes", "autostart", "shutdown"})
 """Fields of VmChange that need no stop."""
+
+
+FLOPPY_DRIVES = 2
+"""A PC's floppy controller has two."""
 
 
 async def new_config(host: Host, request: VmCreate) -> VmConfig:
@@ -62,10 +66,10 @@ async def new_config(host: Host, request: VmCreate) -> VmConfig:
 
 def _boot_order(config: VmConfig) -> VmConfig:
     """Disks boot in the order given; CD drives first, since one is there only to install from. Counts from 1: QEMU
-    gives a directly booted kernel the index 0."""
-    order = sorted(config.disks, key=lambda d: d.media is not Media.CDROM)
+    gives a directly booted kernel the index 0. Floppy drives do not boot."""
+    order = sorted((d for d in config.disks if d.bus is not Bus.FLOPPY), key=lambda d: d.media is not Media.CDROM)
     rank = {disk.id: index for index, disk in enumerate(order, start=1)}
-    return config.but(disks=tuple(d.but(boot_index=rank[d.id]) for d in config.disks))
+    return config.but(disks=tuple(d.but(boot_index=rank.get(d.id)) for d in config.disks))
 
 
 def _machine(host: Host, wanted: str | None) -> str:
@@ -119,11 +123,12 @@ def next_disk(host: Host, record: VmRecord, request: DiskAdd, source: DiskSource
     config = record.config
     everything = [*config.disks, *(record.next_config.disks if record.next_config else ())]
     _refuse_twice(config, source)
-    controller, unit = _address(host, config, request, [d.address for d in everything])
-    if request.bus is Bus.IDE and record.state is not VmState.OFF:
+    bus = Bus.FLOPPY if request.media is Media.FLOPPY else request.bus
+    controller, unit = _address(host, config, request.model_copy(update={"bus": bus}), [d.address for d in everything])
+    if bus is not Bus.SCSI and record.state is not VmState.OFF:
         raise InvalidInput(
             f"vm {config.name}",
-            f"is {record.state}, and the IDE bus takes no disk while a VM runs",
+            f"is {record.state}, and the {BUS_NAMES[bus]} takes no disk while a VM runs",
             "use the SCSI bus, or shut the VM down first",
         )
     token = secrets.token_hex(8)
@@ -131,7 +136,7 @@ def next_disk(host: Host, record: VmRecord, request: DiskAdd, source: DiskSource
         return Disk(
             id=_free_id("disk", [d.id for d in everything]),
             source=source,
-            bus=request.bus,
+            bus=bus,
             controller=controller,
             unit=unit,
             media=request.media,
@@ -146,14 +151,20 @@ def next_disk(host: Host, record: VmRecord, request: DiskAdd, source: DiskSource
 
 
 def _refuse_twice(config: VmConfig, source: DiskSource) -> None:
+    if source.kind is SourceKind.EMPTY:
+        return
     for disk in config.disks:
         if disk.source.path == source.path and (disk.writes or source.kind is not disk.source.kind):
             raise InUse(f"volume {source.path}", f"is disk {disk.id} of vm {config.name} already", holder=config.name)
 
 
 def _address(host: Host, config: VmConfig, request: DiskAdd, taken: Sequence[tuple[Bus, int, int]]) -> tuple[int, int]:
-    controllers = 1 if request.bus is Bus.IDE else config.scsi_controllers
-    units = host.limits.vm_ide_disks if request.bus is Bus.IDE else host.limits.scsi_disks_per_controller
+    controllers = config.scsi_controllers if request.bus is Bus.SCSI else 1
+    units = {
+        Bus.SCSI: host.limits.scsi_disks_per_controller,
+        Bus.IDE: host.limits.vm_ide_disks,
+        Bus.FLOPPY: FLOPPY_DRIVES,
+    }[request.bus]
     if request.controller is not None and request.controller >= controllers:
         raise InvalidInput(
             f"vm {config.name}",

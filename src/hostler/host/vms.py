@@ -171,7 +171,7 @@ class VmService:
             removed: Sequence[str] = ()
         else:
             removed = [d.source.path for d in record.config.disks if self._host.volumes.is_deletable(d)]
-        kept = [d.source.path for d in record.config.disks if d.source.path not in removed]
+        kept = [p for d in record.config.disks if (p := d.source.path) and p not in removed]
         outcome = Deleted(id=record.id, removed=tuple(removed), kept=tuple(kept))
         await self._host.volumes.require_unused(removed, but=record.id)
         if dry_run:

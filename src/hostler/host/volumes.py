@@ -128,20 +128,25 @@ class Volumes:
         can write any header into a raw image."""
         if request.device is not None:
             return await inspect_device(request.device)
-        assert request.volume is not None
-        known = await self._known(request.volume)
+        if request.volume is None:
+            return DiskSource(kind=SourceKind.EMPTY, path="")
+        return await self.resolve_image(request.volume, request.format)
+
+    async def resolve_image(self, ref: str, format: ImageFormat | None) -> DiskSource:
+        """What the name of a volume, or the path of an image, means."""
+        known = await self._known(ref)
         if known is not None:
-            _require_same_format(known, request.format)
+            _require_same_format(known, format)
             return DiskSource(path=known.path, format=known.format, size=known.size)
-        if not request.volume.startswith("/"):
+        if not ref.startswith("/"):
             names = [v.name for v in await self.service.list()]
-            near = nearest(request.volume, names)
+            near = nearest(ref, names)
             advice = f"did you mean {near!r}?" if near else "give the name of a volume or an absolute path"
-            raise NotFound(f"volume {request.volume}", "there is no such volume", advice)
-        found = await self.service.look(request.volume, request.format)
-        if found.format is ImageFormat.RAW and request.format is not ImageFormat.RAW:
+            raise NotFound(f"volume {ref}", "there is no such volume", advice)
+        found = await self.service.look(ref, format)
+        if found.format is ImageFormat.RAW and format is not ImageFormat.RAW:
             raise InvalidInput(
-                f"volume {request.volume}",
+                f"volume {ref}",
                 "has no header of a known image format",
                 "if it is a raw image, say so: format=raw",
             )
@@ -165,7 +170,7 @@ class Volumes:
 
     def is_deletable(self, disk: Disk) -> bool:
         """Whether deleting a VM with its disks deletes this one."""
-        return disk.source.kind is SourceKind.VOLUME and disk.writes
+        return disk.source.kind is SourceKind.VOLUME and disk.writes and not disk.removable
 
     async def require_unused(self, paths: Sequence[str], but: str) -> None:
         """InUse if another VM than `but` holds one of these."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -26,10 +26,16 @@ class ImageFormat(StrEnum):
 
 
 class Bus(StrEnum):
-    """Where a disk is plugged in. SCSI (virtio-scsi) takes disks while the VM runs; IDE (AHCI) does not."""
+    """Where a disk is plugged in. SCSI (virtio-scsi) takes disks while the VM runs; IDE (AHCI) and the floppy
+    controller do not, but the medium of a drive may be changed there too."""
 
     SCSI = "scsi"
     IDE = "ide"
+    FLOPPY = "floppy"
+
+
+BUS_NAMES: dict[Bus, str] = {Bus.SCSI: "SCSI bus", Bus.IDE: "IDE bus", Bus.FLOPPY: "floppy controller"}
+"""What people call them."""
 
 
 class SourceKind(StrEnum):
@@ -159,9 +165,9 @@ class Disk(Record):
     """A disk as a VM has it.
 
     `controller` and `unit` are its stable address: on SCSI, controller 0-3 and LUN 0-63; on IDE, unit 0-3 with
-    controller 0. `serial` (at most 36 characters: QEMU's limit for scsi-hd) and `wwn` (64-bit NAA 5) stay the same
-    across restart and migration. `reservations`: the guest talks to the device itself, so that SCSI-3 persistent
-    reservations reach it (pass-through and iSCSI on SCSI only).
+    controller 0; on the floppy controller, unit 0-1. `serial` (at most 36 characters: QEMU's limit for scsi-hd) and
+    `wwn` (64-bit NAA 5) stay the same across restart and migration. `reservations`: the guest talks to the device
+    itself, so that SCSI-3 persistent reservations reach it (pass-through and iSCSI on SCSI only).
     """
 
     id: DeviceId
@@ -179,10 +185,22 @@ class Disk(Record):
     limits: IoLimits = IoLimits()
     reservations: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _floppy(cls, data: Any) -> Any:
+        """A floppy drive can be on one bus only, which needs not be said."""
+        if isinstance(data, dict) and data.get("media") == Media.FLOPPY:
+            return {"bus": Bus.FLOPPY, **data}
+        return data
+
     @model_validator(mode="after")
     def _address(self) -> Self:
         if self.bus is Bus.IDE and (self.controller != 0 or self.unit > 3):
             raise ValueError("an IDE disk has controller 0 and unit 0 to 3")
+        if self.bus is Bus.FLOPPY and (self.controller != 0 or self.unit > 1):
+            raise ValueError("a floppy drive has controller 0 and unit 0 or 1")
+        if (self.bus is Bus.FLOPPY) is not (self.media is Media.FLOPPY):
+            raise ValueError("floppy drives, and nothing else, are on the floppy controller")
         return self
 
     @model_validator(mode="after")
@@ -197,6 +215,11 @@ class Disk(Record):
     def address(self) -> tuple[Bus, int, int]:
         """Where it is plugged in: unique within a VM."""
         return (self.bus, self.controller, self.unit)
+
+    @property
+    def removable(self) -> bool:
+        """Whether it is a drive whose medium can be changed."""
+        return self.media is not Media.DISK
 
     @property
     def writes(self) -> bool:

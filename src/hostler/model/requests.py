@@ -23,7 +23,8 @@ Path = Annotated[AbsolutePath, StringConstraints(max_length=4096)]
 
 class DiskAdd(Input):
     """A disk to attach: exactly one of `volume` (the name of a volume, or the absolute path of an image) and `device`
-    (a block device to pass through). Without `controller`/`unit` the first free address is taken. A path that is not
+    (a block device to pass through); neither for a drive without a medium. Floppy drives have a controller of their
+    own, whatever `bus` says. Without `controller`/`unit` the first free address is taken. A path that is not
     a known volume is recognised by its content; `format` must be given for raw images that are not known volumes."""
 
     volume: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")] | None = None
@@ -40,8 +41,12 @@ class DiskAdd(Input):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.volume is None) == (self.device is None):
+        if self.volume is not None and self.device is not None:
             raise ValueError("give exactly one of 'volume' and 'device'")
+        if self.volume is None and self.device is None and self.media is Media.DISK:
+            raise ValueError("give exactly one of 'volume' and 'device'; only a CD or floppy drive can be empty")
+        if self.bus is Bus.FLOPPY and self.media is not Media.FLOPPY:
+            raise ValueError("the floppy controller has floppy drives only: give 'media' as well")
         if self.device is not None and self.format not in (None, ImageFormat.RAW):
             raise ValueError("a passed-through device has no format")
         return self

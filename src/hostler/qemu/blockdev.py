@@ -3,7 +3,7 @@
 The same two dictionaries serve the command line (`-blockdev JSON`, `-device JSON`) and QMP (`blockdev-add`,
 `device_add`), so that a disk that was hot added and a disk that was there at the start are the same disk.
 
-    guest  --  device  disk-<id>         scsi-hd, scsi-cd, ide-hd or ide-cd
+    guest  --  device  disk-<id>         scsi-hd, scsi-cd, ide-hd, ide-cd or floppy
                  |
                node    <id>              format layer: raw, qcow2, vpc, vhdx
                  |
@@ -39,6 +39,9 @@ Aio = Literal["threads", "native", "io_uring"]
 NODE_NAME_MAX: Final = 31
 RECONNECT_DELAY: Final = 30
 """Seconds during which I/O waits for a lost export to come back before it fails (and stops the guest)."""
+
+FLOPPY_CONTROLLER: Final = "floppies"
+"""QEMU's id of the controller, which a VM has exactly when it has a floppy drive. Disks' ids begin with "disk-"."""
 
 _DEVICE_PREFIX: Final = "disk-"
 _DRIVER: Final[dict[ImageFormat, str]] = {
@@ -102,7 +105,7 @@ def blockdev_options(disk: Disk, export: str | None = None, aio: Aio = "threads"
 
     `export`: unix socket of the NBD export that serves its base; then that image itself is not touched. `aio`: how
     files and devices are read; "native" falls back to "threads" where the cache mode goes through the page cache, which
-    Linux AIO cannot do. InvalidInput for a fixed VHD of unknown size.
+    Linux AIO cannot do. InvalidInput for a fixed VHD of unknown size. Not for an empty drive, which has no graph.
     """
     options: Options | None = None
     for layer in reversed(list(disk.source.layers())):
@@ -136,7 +139,15 @@ def _layer_options(disk: Disk, layer: DiskSource, export: str | None, aio: Aio, 
 def device_options(disk: Disk) -> Options:
     """The device of `disk`, for `-device` and device_add. InvalidInput for a read-only IDE hard disk, which QEMU and
     real IDE do not have."""
-    cdrom = disk.media is Media.CDROM
+    cdrom, medium = disk.media is Media.CDROM, disk.source.kind is not SourceKind.EMPTY
+    if disk.media is Media.FLOPPY:
+        return {
+            "driver": "floppy",
+            "id": device_id(disk),
+            "bus": f"{FLOPPY_CONTROLLER}.0",
+            "unit": disk.unit,
+            **({"drive": node_name(disk)} if medium else {}),
+        }
     if disk.bus is Bus.IDE and disk.read_only and not cdrom:
         raise InvalidInput(
             f"disk {disk.id}",
@@ -145,7 +156,9 @@ def device_options(disk: Disk) -> Options:
         )
     place = _scsi_place(disk) if disk.bus is Bus.SCSI else _ide_place(disk)
     kind = f"{'scsi' if disk.bus is Bus.SCSI else 'ide'}-{'cd' if cdrom else 'hd'}"
-    options: Options = {"driver": kind, "id": device_id(disk), **place, "drive": node_name(disk)}
+    options: Options = {"driver": kind, "id": device_id(disk), **place}
+    if medium:
+        options["drive"] = node_name(disk)
     if disk.serial:
         options["serial"] = disk.serial
     if disk.wwn is not None:

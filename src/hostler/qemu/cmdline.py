@@ -22,6 +22,7 @@ from typing import Final
 
 from pydantic import JsonValue
 
+from hostler.model.disk import Bus, SourceKind
 from hostler.model.errors import HostLacks
 from hostler.model.host import Accelerator, QemuFacts
 from hostler.model.machine import LaunchSpec
@@ -29,7 +30,7 @@ from hostler.model.nic import Network, Nic
 from hostler.model.units import GiB, KiB
 from hostler.model.vm import Firmware, VmConfig
 from hostler.qemu import pci
-from hostler.qemu.blockdev import Aio, blockdev_options, device_options
+from hostler.qemu.blockdev import FLOPPY_CONTROLLER, Aio, blockdev_options, device_options
 from hostler.qemu.paths import RunDir, StateDir
 
 AGENT_CHANNEL: Final = "org.qemu.guest_agent.0"
@@ -267,8 +268,11 @@ def _disks(spec: LaunchSpec, facts: QemuFacts) -> list[str]:
         thread = f"iothread{index}"
         arguments += _json("-object", {"qom-type": "iothread", "id": thread})
         arguments += _device("virtio-scsi-pci", f"scsi{index}", pci.scsi_controller(index), iothread=thread)
+    if any(disk.bus is Bus.FLOPPY for disk in spec.config.disks):
+        arguments += _json("-device", {"driver": "isa-fdc", "id": FLOPPY_CONTROLLER})
     for disk in sorted(spec.config.disks, key=lambda disk: disk.address, reverse=True):
-        arguments += _json("-blockdev", blockdev_options(disk, spec.exports.get(disk.id), aio_for(facts)))
+        if disk.source.kind is not SourceKind.EMPTY:
+            arguments += _json("-blockdev", blockdev_options(disk, spec.exports.get(disk.id), aio_for(facts)))
         arguments += _json("-device", device_options(disk))
     return arguments
 

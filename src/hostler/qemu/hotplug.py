@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack, suppress
 
-from hostler.model.disk import Bus, Disk
+from hostler.model.disk import Bus, Disk, SourceKind
 from hostler.model.errors import AlreadyExists, GuestRefused, HostlerError, QemuFailed, TimedOut, WrongState
 from hostler.model.machine import MachineEvent
 from hostler.qemu import blockdev, commands
@@ -36,10 +36,14 @@ async def attach_disk(qmp: QmpSession, disk: Disk, export: str | None = None, ai
     WrongState for an IDE disk; AlreadyExists when another image is plugged in under this id or at this address; InUse,
     NotFound, NotPermitted, NoSpace or BadImage where the image is to blame, with `path`.
     """
-    if disk.bus is Bus.IDE:
+    if disk.bus is not Bus.SCSI:
         raise WrongState(
-            f"disk {disk.id}", "IDE takes no disk while the VM runs", "turn the VM off, or attach it on SCSI"
+            f"disk {disk.id}", f"{disk.bus} takes no disk while the VM runs", "turn the VM off, or attach it on SCSI"
         )
+    if disk.source.kind is SourceKind.EMPTY:
+        if blockdev.device_id(disk) not in await commands.peripherals(qmp):
+            await _add_device(qmp, disk)
+        return
     async with AsyncExitStack() as undo:
         undo.push_async_callback(_drop_node, qmp, disk)
         if not await _both_at_once(qmp, disk, export, aio) and await _make_node(qmp, disk, export, aio):

@@ -9,7 +9,7 @@ import weakref
 
 from pydantic import JsonValue
 
-from hostler.model.disk import Bus, Disk
+from hostler.model.disk import Bus, Disk, SourceKind
 from hostler.model.errors import AlreadyExists, GuestRefused, InUse, NotFound, WrongState
 from hostler.model.machine import LaunchSpec, MachineEvent, RunStatus
 from hostler.model.migration import MigrationProgress
@@ -160,8 +160,8 @@ class SimulatedQemu:
 
     def attach(self, disk: Disk, export: str | None) -> None:
         """Hot add."""
-        if disk.bus is Bus.IDE:
-            raise WrongState(f"disk {disk.id}", "IDE takes no disk while the VM runs", "turn the VM off")
+        if disk.bus is not Bus.SCSI:
+            raise WrongState(f"disk {disk.id}", f"{disk.bus} takes no disk while the VM runs", "turn the VM off")
         if self.disks.get(disk.id) == disk:
             return
         self._open(disk, export)
@@ -196,11 +196,12 @@ class SimulatedQemu:
             self._unlock(disk)
 
     def _open(self, disk: Disk, export: str | None) -> None:
-        if export is None and not os.path.exists(disk.source.path):
+        empty = disk.source.kind is SourceKind.EMPTY
+        if export is None and not empty and not os.path.exists(disk.source.path):
             raise NotFound(f"disk {disk.id}", f"{disk.source.path} does not exist", path=disk.source.path)
         if any(other.address == disk.address or other.id == disk.id for other in self.disks.values()):
             raise AlreadyExists(f"disk {disk.id}", "its id or its address is taken", "choose another unit")
-        if self.active:
+        if self.active and not empty:
             if disk.writes and any(o.source.path == disk.source.path and o.writes for o in self.disks.values()):
                 raise self._locked(disk)
             self._refuse_if_locked(disk)
@@ -216,7 +217,7 @@ class SimulatedQemu:
         return InUse(f"disk {disk.id}", f"{path} is open for writing in another VM or program", path=path)
 
     def _lock(self, disk: Disk) -> None:
-        if disk.writes:
+        if disk.writes and disk.source.kind is not SourceKind.EMPTY:
             self.world.locks[_real(disk)] = self
 
     def _unlock(self, disk: Disk) -> None:

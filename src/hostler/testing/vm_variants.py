@@ -87,6 +87,16 @@ def _formats() -> tuple[Disk, ...]:
     )
 
 
+def _drives() -> tuple[Disk, ...]:
+    empty = DiskSource(kind=SourceKind.EMPTY, path="")
+    return (
+        Disk(id="cd", source=empty, bus=Bus.IDE, media=Media.CDROM, read_only=True),
+        Disk(id="dvd", source=empty, media=Media.CDROM, read_only=True),
+        Disk(id="a", source=volume(name="a.vfd", size=1440 * 1024), bus=Bus.FLOPPY, media=Media.FLOPPY),
+        Disk(id="b", source=empty, bus=Bus.FLOPPY, unit=1, media=Media.FLOPPY),
+    )
+
+
 def _many() -> tuple[Disk, ...]:
     return tuple(
         Disk(
@@ -118,6 +128,7 @@ VARIANTS: dict[str, LaunchSpec] = {
     "pass-through": _spec(
         config(disks=(Disk(id="lun", source=DiskSource(kind=SourceKind.DEVICE, path="/dev/loop0", size=16 * MiB)),))
     ),
+    "drives": _spec(config(disks=_drives())),
     "disks-4x64": _spec(config(scsi_controllers=4, disks=_many())),
     "nics": _spec(
         config(

@@ -47,7 +47,9 @@ def list_(settings: Settings, vm: str) -> None:
 @click.option("--bus", type=click.Choice(["scsi", "ide"]), help="SCSI takes disks while the VM runs [scsi].")
 @click.option("--controller", type=click.IntRange(0, 3), metavar="N", help="SCSI controller (default: the first).")
 @click.option("--unit", type=click.IntRange(0, 63), metavar="N", help="Address on it (default: the first free).")
-@click.option("--media", type=click.Choice(["disk", "cdrom"]), help="[disk].")
+@click.option(
+    "--media", type=click.Choice(["disk", "cdrom", "floppy"]), help="[disk]. A drive may be added without a medium."
+)
 @click.option("--read-only", is_flag=True, help="The guest cannot write to it.")
 @click.option("--cache", type=click.Choice(["none", "writeback", "writethrough"]), help="How the host caches [none].")
 @click.option("--no-discard", is_flag=True, help="Do not give back what the guest trims.")
@@ -68,7 +70,7 @@ def add(settings: Settings, /, vm: str, new: int | None, dry_run: bool, wait: bo
         return _add_new(settings, vm, new, dry_run, given)
     only_with(bool(given["path"]), False, "--path", "--new")
     source = {"volume": _volume(given["volume"]), "device": given["device"] and parsing.absolute(given["device"])}
-    if not given["volume"] and not given["device"]:
+    if not given["volume"] and not given["device"] and given["media"] in (None, "disk"):
         raise InvalidInput("disk", "nothing to attach was given", "give --volume, --device or --new")
     request = _disk(vm, given, format=given["format"], **source)
     if dry_run:

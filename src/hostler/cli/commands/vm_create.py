@@ -41,7 +41,20 @@ if TYPE_CHECKING:
     help="A disk on a volume made for it. Keys: format=qcow2|raw|vhd|vhd-fixed|vhdx, name, path, and those of --disk. "
     "Repeatable.",
 )
-@click.option("--cdrom", "cdroms", multiple=True, metavar="ISO", help="An ISO image in a CD drive. Repeatable.")
+@click.option(
+    "--cdrom",
+    "cdroms",
+    multiple=True,
+    metavar="ISO|none",
+    help="A CD drive with this ISO image, or an empty one. Repeatable.",
+)
+@click.option(
+    "--floppy",
+    "floppies",
+    multiple=True,
+    metavar="IMAGE|none",
+    help="A floppy drive with this image, or an empty one. Repeatable.",
+)
 @click.option(
     "--nic",
     "nics",
@@ -102,7 +115,7 @@ def create(settings: Settings, /, name: str, start: bool, dry_run: bool, wait: b
 
 def _cds_last(given: tuple[DiskAdd, ...], new: tuple[DiskAdd, ...]) -> tuple[DiskAdd, ...]:
     """The order decides how disks are called: disk0 is what the system is on, not the CD it came from."""
-    cds = tuple(disk for disk in given if str(disk.media) == "cdrom")
+    cds = tuple(disk for disk in given if str(disk.media) != "disk")
     return (*(disk for disk in given if disk not in cds), *new, *cds)
 
 
@@ -116,7 +129,9 @@ def vm_request(name: str, **given: Any) -> VmCreate:
         VmCreate,
         f"vm {name!r}",
         name=name,
-        disks=[parsing.disk(text) for text in given["disks"]] + [parsing.cdrom(path) for path in given["cdroms"]]
+        disks=[parsing.disk(text) for text in given["disks"]]
+        + [parsing.cdrom(path) for path in given["cdroms"]]
+        + [parsing.floppy(path) for path in given["floppies"]]
         or None,
         nics=[parsing.nic(text) for text in given["nics"]] or None,
         firmware="uefi" if given["uefi"] or given["secure_boot"] else None,

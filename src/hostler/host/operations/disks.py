@@ -16,7 +16,7 @@ from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
 from hostler.host.operations.launching import claim, unclaim
 from hostler.host.steps import JobContext, Step
-from hostler.model.disk import Bus, Disk
+from hostler.model.disk import BUS_NAMES, Bus, Disk
 from hostler.model.errors import Busy, HostlerError, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.vm import VmConfig, VmRecord, VmState
@@ -107,7 +107,7 @@ def detach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
         if disk.bus is not Bus.SCSI:
             raise WrongState(
                 f"disk {disk_id} of {actor.subject}",
-                "is on the IDE bus, which takes no changes while the VM runs",
+                f"is on the {BUS_NAMES[disk.bus]}, which takes no changes while the VM runs",
                 "shut the VM down first; use SCSI for disks that shall come and go",
             )
         await actor.machine.detach_disk(disk_id, timeout)
