@@ -9,11 +9,12 @@ it, one that nothing builds on is removed. Layers may outlive their checkpoint, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import StrEnum
 
 from hostler.model.base import Record
-from hostler.model.disk import DiskSource
+from hostler.model.disk import MAX_LAYERS, DiskSource
 from hostler.model.vm import VmConfig
 
 
@@ -44,8 +45,7 @@ class CheckpointKind(StrEnum):
 
 class Checkpoint(Record):
     """`parent` is the checkpoint before it (an id). `config` is the VM's configuration at that time, whose disks'
-    sources are the frozen layers. `memory` is the path of the saved memory (kind full). `size` is what it holds alone,
-    in bytes, as far as known."""
+    sources are the frozen layers. `memory` is the path of the saved memory (kind full)."""
 
     id: str
     vm: str
@@ -63,3 +63,101 @@ class Checkpoint(Record):
     def frozen(self) -> dict[str, DiskSource]:
         """Disk id to the layers it holds."""
         return {d.id: d.source for d in self.config.disks} if self.config is not None else {}
+
+
+class CheckpointView(Checkpoint):
+    """A checkpoint as its VM's owner sees it. `size`: bytes that its own layers and its memory take on the storage, as
+    far as known; `now`: whether what the VM is now builds on it."""
+
+    size: int = 0
+    now: bool = False
+
+
+class Family(Record):
+    """All checkpoints of a VM as they travel to another host: each layer once, however many build on it. Chains hold
+    every layer below in full, and would grow with the square of their number."""
+
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Without what is below their disks' topmost layers."""
+    layers: dict[str, DiskSource] = {}
+    """By path, alone."""
+    parents: dict[str, str] = {}
+    """Path to the path of the layer below."""
+
+
+def default_name(vm: str, at: datetime) -> str:
+    """As Hyper-V names a snapshot: the VM and the moment, to the second; at most 100 characters."""
+    return f"{vm[:78]} - {at:%Y-%m-%d %H:%M:%S}"
+
+
+def in_tree_order(checkpoints: Iterable[Checkpoint]) -> Iterator[tuple[int, Checkpoint]]:
+    """Each checkpoint after the one it builds on, with its depth in the tree (0: it builds on none that is known);
+    the older of two on one first."""
+    known = sorted(checkpoints, key=lambda c: (c.created, c.id))
+    ids = {c.id for c in known}
+    stack = [(0, c) for c in reversed(known) if c.parent not in ids]
+    while stack:
+        depth, checkpoint = stack.pop()
+        yield depth, checkpoint
+        stack += [(depth + 1, c) for c in reversed(known) if c.parent == checkpoint.id]
+
+
+def subtree(checkpoints: Sequence[Checkpoint], root: str) -> list[Checkpoint]:
+    """That checkpoint (an id) and every one that builds on it, in whatever depth."""
+    found = [c for c in checkpoints if c.id == root]
+    for checkpoint in found:  # grows while it is walked: children are looked for behind their parents
+        found += [c for c in checkpoints if c.parent == checkpoint.id and c not in found]
+    return found
+
+
+def nearest_left(checkpoints: Sequence[Checkpoint], gone: Iterable[str], start: str | None) -> str | None:
+    """Where something hangs when those in `gone` (ids) are no more: the first one above that stays."""
+    parents = {c.id: c.parent for c in checkpoints}
+    leaving, seen = set(gone), set[str]()
+    while start is not None and start in leaving and start not in seen:
+        seen.add(start)
+        start = parents.get(start)
+    return start if start in parents and start not in leaving else None
+
+
+def pack(checkpoints: Iterable[Checkpoint]) -> Family:
+    """For the way to another host."""
+    layers: dict[str, DiskSource] = {}
+    parents: dict[str, str] = {}
+    packed: list[Checkpoint] = []
+    for checkpoint in checkpoints:
+        config = checkpoint.config
+        if config is not None:
+            for layer in (layer for disk in config.disks for layer in disk.source.layers()):
+                layers[layer.path] = layer.model_copy(update={"backing": None})
+                if layer.backing is not None:
+                    parents[layer.path] = layer.backing.path
+            config = config.model_copy(update={"disks": tuple(d.at(d.source) for d in config.disks)})
+        packed.append(checkpoint.model_copy(update={"config": config}))
+    return Family(checkpoints=tuple(packed), layers=layers, parents=parents)
+
+
+def unpack(family: Family) -> list[Checkpoint]:
+    """The checkpoints with their chains. ValueError when these do not fit together."""
+
+    def chain(top: DiskSource) -> DiskSource:
+        layers, path = [top], family.parents.get(top.path)
+        while path is not None:
+            if path not in family.layers or len(layers) > MAX_LAYERS:
+                raise ValueError(f"the layers below {top.path} do not fit together")
+            layers.append(family.layers[path])
+            path = family.parents.get(path)
+        made: DiskSource | None = None
+        for layer in reversed(layers):
+            made = layer.model_copy(update={"backing": made})
+        assert made is not None
+        return DiskSource.model_validate(made.model_dump())
+
+    found = []
+    for checkpoint in family.checkpoints:
+        config = checkpoint.config
+        if config is not None:
+            disks = tuple(d.model_copy(update={"source": chain(d.source)}) for d in config.disks)
+            config = VmConfig.model_validate({**dict(config), "disks": disks})
+        found.append(checkpoint.model_copy(update={"config": config}))
+    return found

@@ -35,6 +35,8 @@ class Limits(Record):
     scsi_disks_per_controller: int
     vm_nics: int
     vm_checkpoints: int
+    chain_depth: int = 64
+    """Layers of one disk: R2's 50 snapshots in a row and the base fit. Each costs an open file, and time to read."""
     vhd_size: int = 2040 * GiB
     volume_size: int = 64 * TiB
 
