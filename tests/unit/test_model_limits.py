@@ -57,6 +57,7 @@ def test_the_figures_of_hyper_v_2008_r2() -> None:
         "scsi_disks_per_controller": 64,
         "vm_nics": 12,
         "vm_checkpoints": 50,
+        "chain_depth": 64,
         "vhd_size": 2040 * GiB,
         "volume_size": 64 * TiB,
     }
