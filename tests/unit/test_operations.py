@@ -10,6 +10,7 @@ import pytest
 from hostler.host.operations import OPERATIONS
 from hostler.model.errors import HostLacks, NoSpace, WrongState
 from hostler.model.job import JobState
+from hostler.model.requests import VmChange
 from hostler.model.vm import VmState
 from hostler.testing.inprocess import Node, Site, short_directory, until
 from hostler.testing.scenarios import (
@@ -171,3 +172,32 @@ async def test_the_disk_is_full_at_each_step(site: Site, scenario: Scenario, ste
     await until(lambda: not node.application.jobs._running)
     await node.quiet()
     assert await picture(site) in (before, await outcome(scenario))
+
+
+@pytest.mark.parametrize("kind", ["vm.start", "disk.attach", "disk.detach", "vm.turn-off"])
+async def test_a_rename_in_the_middle_is_not_lost(site: Site, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Between the moment a step reads the record and the one it writes it, somebody renames the VM."""
+    scenario = next(s for s in SCENARIOS if s.kind == kind)
+    node, _ = await hosts(site)
+    await scenario.prepare(node)
+    application = node.application
+    (record,) = application.vms.list()
+    claims = application.vms._host.claims
+    renamed = 0
+
+    def wrap(plan: Any) -> Any:
+        async def planned(*arguments: Any, **named: Any) -> Any:
+            nonlocal renamed
+            result = await plan(*arguments, **named)
+            renamed += 1
+            await application.vms.change(record.id, VmChange(name=f"renamed-{renamed}"), "test")
+            return result
+
+        return planned
+
+    monkeypatch.setattr(claims, "plan_claim", wrap(claims.plan_claim))
+    monkeypatch.setattr(claims, "plan_release", wrap(claims.plan_release))
+    job = await scenario.run(node)
+    assert job.state is JobState.DONE, job.error
+    assert renamed
+    assert application.vms.get(record.id).name == f"renamed-{renamed}"

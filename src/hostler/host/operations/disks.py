@@ -126,9 +126,12 @@ def detach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
         if disk is None:
             return
         await host.resources.revoke(actor.record.config, disk)
-        config = without_disk(actor.record.config, disk_id)
-        waiting = without_disk(actor.record.next_config, disk_id) if actor.record.next_config else None
-        await unclaim(host, actor, (disk,), config=config, next_config=waiting)
+
+        def edit(now: VmRecord) -> VmRecord:
+            waiting = without_disk(now.next_config, disk_id) if now.next_config else None
+            return now.but(config=without_disk(now.config, disk_id), next_config=waiting)
+
+        await unclaim(host, actor, (disk,), edit)
 
     return (Step("unplug", unplug, plug_again), Step("record", record))
 

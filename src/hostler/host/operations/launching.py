@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import Disk
 from hostler.model.errors import Busy
-from hostler.model.vm import VmConfig, VmState
+from hostler.model.vm import VmConfig, VmRecord, VmState
 from hostler.store.contract import CheckFailed
+
+Edit = Callable[[VmRecord], VmRecord]
+
+
+def _as_it_is(record: VmRecord) -> VmRecord:
+    return record
+
 
 CLAIM_TRIES = 5
 """Claims are compare-and-swap; a few losses in a row mean somebody else is quicker each time, not that it is broken."""
 
 
-async def claim(host: Host, actor: VmActor, disks: tuple[Disk, ...], **changes: object) -> None:
-    """Change the record and claim those disks in one transaction. InUse names the holder."""
+async def claim(host: Host, actor: VmActor, disks: tuple[Disk, ...], edit: Edit = _as_it_is) -> None:
+    """Change the record and claim those disks in one transaction. `edit` gets the record as it is at that moment, so
+    that a change somebody else makes meanwhile is not lost. InUse names the holder."""
     for left in reversed(range(CLAIM_TRIES)):
         extra = await host.claims.plan_claim(actor.record.id, disks, actor.record.generation)
         try:
-            await actor.set(False, extra, **changes)
+            await actor.change(edit, extra)
             return
         except CheckFailed as error:
             if not left:
                 raise _outrun(actor) from error
 
 
-async def unclaim(host: Host, actor: VmActor, disks: tuple[Disk, ...] | None = None, **changes: object) -> None:
-    """Change the record and give those claims up (all of the VM's when None)."""
+async def unclaim(
+    host: Host, actor: VmActor, disks: tuple[Disk, ...] | None = None, edit: Edit = _as_it_is, **changes: object
+) -> None:
+    """Change the record, by `edit` and then the fields named, and give those claims up (all of the VM's when None)."""
     ids = None if disks is None else [d.id for d in disks]
     for left in reversed(range(CLAIM_TRIES)):
         extra = await host.claims.plan_release(actor.record.id, ids)
         try:
-            await actor.set(False, extra, **changes)
+            await actor.change(lambda now: edit(now).but(**changes), extra)
             return
         except CheckFailed as error:
             if not left:
@@ -52,9 +64,21 @@ def reserve(host: Host, actor: VmActor, state: VmState, back: VmState) -> Step:
         config = record.next_config if record.next_config is not None and back is VmState.OFF else record.config
         await host.volumes.check_disks(config.disks)
         await host.volumes.check_kernel(config.kernel)
-        changes: dict[str, object] = {"config": config, "next_config": None, "reason": None, "reason_text": ""}
+
+        def edit(now: VmRecord) -> VmRecord:
+            """What changes at once (its name, say) may have changed since `config` was read."""
+            waiting = now.next_config is not None and back is VmState.OFF
+            latest = now.next_config if waiting and now.next_config is not None else now.config
+            return now.but(
+                config=latest.but(disks=config.disks),
+                next_config=None if waiting else now.next_config,
+                state=state,
+                reason=None,
+                reason_text="",
+            )
+
         with host.admitting(config):
-            await claim(host, actor, config.disks, state=state, **changes)
+            await claim(host, actor, config.disks, edit)
 
     async def undo(_context: JobContext) -> None:
         if actor.record.state is not state:
