@@ -3,7 +3,8 @@ real one, `hostler.testing.simulated_blocks` a simulated one; the same contract 
 
 Layers are named by `Disk.layer_name` and the sources of the model; job ids are chosen by the caller, letters, digits
 and dashes, and survive a restart of the daemon. Errors and deadlines as for `hostler.host.hypervisor.Machine`: every
-method may be called again after its outcome was unknown.
+method may be called again after its outcome was unknown. One work on a disk at a time: a second is refused as Busy,
+also while an ended job of it is not forgotten.
 
 A job that has ended stays in QEMU until `forget`: a daemon that was away learns how it ended. Nothing switches a disk
 to another image by itself: `finish` does, and whoever calls it has stopped the guest before and records the outcome
@@ -35,7 +36,8 @@ class Blocks(Protocol):
         bitmaps that go on in the new layer. Harmless for disks that have it already (by node name)."""
 
     async def reopen(self, disk: Disk, layer: DiskSource, writes: bool) -> None:
-        """Open one of its layers for writing, or for reading only again."""
+        """Open one of its layers for writing, or for reading only again. Jobs do so by themselves with the layers they
+        write to, and leave them open for writing."""
 
     # jobs
 
@@ -98,19 +100,27 @@ class Blocks(Protocol):
     async def limit(self, disk_id: str, limits: IoLimits) -> None:
         """Set what the disk may do from now on."""
 
-    async def change_medium(self, disk: Disk, export: str | None = None) -> None:
-        """Put another medium into a drive (EMPTY: take it out). GuestRefused when the guest has locked it."""
+    async def change_medium(self, disk: Disk, export: str | None = None, force: bool = False) -> None:
+        """Put another medium into a drive (EMPTY: take it out). GuestRefused when the guest has locked it; `force`
+        pulls it out all the same. The image is opened before the old medium goes where its node token is new.
+        Harmless when it is in."""
 
     # what changed
 
     async def bitmaps(self, disk: Disk) -> dict[str, int]:
-        """Names of its dirty bitmaps, with the bytes each marks (all layers together)."""
+        """Names of its dirty bitmaps, with the bytes each marks at most (all layers together). One that does not know
+        all that changed, because QEMU was killed or a layer lacks it, is not among them."""
 
     async def add_bitmaps(self, disks: Sequence[Disk], name: str) -> None:
-        """Begin to note what changes, on all of them at one moment; kept in the image where the format can (qcow2)."""
+        """Begin to note what changes, on all of them at one moment; kept in the image where the format can (qcow2),
+        else until QEMU ends. Harmless for disks where it is known already."""
 
     async def drop_bitmaps(self, disks: Sequence[Disk], name: str) -> None:
         """Forget that bitmap, in every layer. Harmless when it is not there."""
+
+    async def keep_bitmaps(self, disk: Disk, target: DiskSource) -> None:
+        """Give the target of a ready mirror job what the disk's dirty bitmaps mark. Between stopping the guest and
+        `finish`: a bitmap that was begun earlier would mark the whole copy."""
 
     # guest
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from hostler.host.blocks import Blocks
 from hostler.model.disk import Disk
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, RunStatus
@@ -24,6 +25,9 @@ class Machine(Protocol):
 
     @property
     def process(self) -> Process: ...
+    @property
+    def blocks(self) -> Blocks:
+        """What can be done to its disks beyond plugging them in and out."""
 
     async def status(self) -> RunStatus: ...
     async def run(self) -> None:

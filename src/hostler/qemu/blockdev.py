@@ -13,7 +13,9 @@ The same two dictionaries serve the command line (`-blockdev JSON`, `-device JSO
 - Identifiers of people have no dots (model.disk.DeviceId), so `<id>.file` never meets another disk's name; node names
   have at most 31 characters in QEMU (`BlockDriverState.node_name[32]`), longer ones are shortened with a checksum.
 - A disk with several layers is a chain of format nodes, each nested in the one above as its `backing`; a layer's node
-  is `<id>`, or `<id>.<node>` where the layer has a token (model.disk.DiskSource.node).
+  is `<id>`, or `<id>.<node>` where the layer has a token (model.disk.DiskSource.node). Long ids are shortened for it.
+- The node that a job puts into a disk's chain while it works is `<id>.<checksum of the job's id>.job`: so jobs are
+  found by disk, also by a daemon that did not start them.
 - `backing: null` below the last layer: a backing path inside a qcow2 is never followed, whoever wrote it.
 - Fixed VHD: data first, a 512-byte footer last. It is opened as raw with a fixed size, because QEMU's vpc driver (as
   vhdx and dynamic vpc) registers a migration blocker; the footer stays untouched.
@@ -43,7 +45,8 @@ RECONNECT_DELAY: Final = 30
 FLOPPY_CONTROLLER: Final = "floppies"
 """QEMU's id of the controller, which a VM has exactly when it has a floppy drive. Disks' ids begin with "disk-"."""
 
-_DEVICE_PREFIX: Final = "disk-"
+DEVICE_PREFIX: Final = "disk-"
+_JOB: Final = ".job"
 _DRIVER: Final[dict[ImageFormat, str]] = {
     ImageFormat.RAW: "raw",
     ImageFormat.QCOW2: "qcow2",
@@ -61,14 +64,29 @@ def node_name(disk: Disk) -> str:
 
 def layer_node(disk: Disk, layer: DiskSource) -> str:
     """The format node of one of its layers, at most 31 characters."""
-    return _short(disk.layer_name(layer))
+    return f"{_stem(disk.id)}.{layer.node}" if layer.node else disk.id
+
+
+def layer_nodes(disk: Disk, layer: DiskSource) -> tuple[str, str]:
+    """Both nodes of a layer: format and protocol."""
+    return layer_node(disk, layer), _protocol(disk, layer)
+
+
+def job_node(disk: Disk, job: str) -> str:
+    """The node of a job that works on that disk."""
+    return f"{_stem(disk.id)}.{zlib.crc32(job.encode()):08x}{_JOB}"
+
+
+def is_job_of(disk_id: str, node: str) -> bool:
+    """Whether a node is that of a job that works on the disk."""
+    return node.endswith(_JOB) and node.startswith(f"{_stem(disk_id)}.")
 
 
 def is_layer_of(disk_id: str, node: str) -> bool:
     """Whether a format node is one of that disk's layers, or a copy of it under way."""
-    if node.endswith(".file"):
+    if node.endswith((".file", _JOB)):
         return False
-    return node == disk_id or node.startswith((f"{disk_id}.", f"{disk_id[:17]}."))
+    return node == disk_id or node.startswith(f"{_stem(disk_id)}.")
 
 
 def protocol_node_name(disk: Disk) -> str:
@@ -77,17 +95,22 @@ def protocol_node_name(disk: Disk) -> str:
 
 
 def _protocol(disk: Disk, layer: DiskSource) -> str:
-    return _short(f"{disk.layer_name(layer)}.file")
+    return _short(f"{layer_node(disk, layer)}.file")
+
+
+def _stem(disk_id: str) -> str:
+    """What the names of a disk's later nodes begin with, at most 17 characters: a token and ".file" follow."""
+    return disk_id if len(disk_id) <= 17 else f"{disk_id[:8]}-{zlib.crc32(disk_id.encode()):08x}"
 
 
 def device_id(disk: Disk) -> str:
     """The QEMU device id, to name in device_del and found in DEVICE_DELETED."""
-    return _DEVICE_PREFIX + disk.id
+    return DEVICE_PREFIX + disk.id
 
 
 def disk_id(device: str) -> str | None:
     """The disk a QEMU device id belongs to; None for other devices."""
-    return device.removeprefix(_DEVICE_PREFIX) if device.startswith(_DEVICE_PREFIX) else None
+    return device.removeprefix(DEVICE_PREFIX) if device.startswith(DEVICE_PREFIX) else None
 
 
 def export_name(disk: Disk) -> str:
@@ -117,6 +140,16 @@ def blockdev_options(disk: Disk, export: str | None = None, aio: Aio = "threads"
 def overlay_options(disk: Disk, aio: Aio = "threads") -> Options:
     """The top layer alone, with nothing below it: as blockdev-snapshot wants it."""
     return _layer_options(disk, disk.source, None, aio, None)
+
+
+def reopen_options(disk: Disk, layer: DiskSource, writes: bool, export: str | None, aio: Aio) -> list[Options]:
+    """Both nodes of a layer as blockdev-reopen wants them: everything said again, children by their names."""
+    common = _common_options(disk, writes)
+    protocol = _nbd_options(disk, layer, export, common) if export else _file_options(disk, layer, aio, common)
+    node = _layer_options(disk, layer, export, aio, None) | common | {"file": _protocol(disk, layer)}
+    if "backing" in node and layer.backing is not None:
+        node["backing"] = layer_node(disk, layer.backing)
+    return [protocol, node]
 
 
 def _layer_options(disk: Disk, layer: DiskSource, export: str | None, aio: Aio, backing: Options | None) -> Options:

@@ -1,4 +1,4 @@
-"""The guest agent, as far as Hostler needs it: is it there, and shut down, please.
+"""The guest agent, as far as Hostler needs it: is it there, shut down, please, and hold your file systems still.
 
 The agent speaks JSON lines like QMP, over a serial port that keeps no connection: what an earlier client did not read
 is still in the pipe, and nobody answers where no agent runs. So each call first synchronises: 0xFF makes the agent drop
@@ -23,6 +23,11 @@ from hostler.qemu.connector import connect_to
 DEADLINE: Final = 2.0
 """Seconds the agent may take to answer."""
 
+THAW_DEADLINE: Final = 60.0
+"""Seconds during which a thaw is tried: an agent in the middle of a freeze answers only when that is over."""
+THAW_ANSWER: Final = 10.0
+_THAW_PAUSE: Final = 0.5
+
 _REFUSAL_WAIT: Final = 0.5
 """Seconds to wait for a refusal of guest-shutdown, which has no answer when it succeeds."""
 
@@ -40,6 +45,7 @@ class GuestAgent:
         self._path = path
         self._name = name
         self._lock = asyncio.Lock()
+        self._answered = False
 
     async def ping(self) -> None:
         """Returns when the agent answers; GuestRefused when it does not within 2 s."""
@@ -56,12 +62,54 @@ class GuestAgent:
                     await writer.drain()
                     self._refuse_if_error(_parse(await reader.readuntil(b"\n")))
 
+    async def freeze(self, deadline: float) -> int:
+        """Flush and freeze the guest's file systems, within `deadline` seconds; how many. GuestRefused when no agent
+        answers or when it refuses; then, and when this is cancelled, they are thawed again. What was frozen by an
+        earlier call stays so."""
+        try:
+            async with self._session() as (reader, writer):
+                frozen = await self._call(reader, writer, {"execute": "guest-fsfreeze-freeze"}, deadline)
+        except BaseException:
+            await asyncio.shield(self._thaw_quietly())
+            raise
+        return frozen if isinstance(frozen, int) else 0
+
+    async def thaw(self) -> None:
+        """Thaw them. Tried again for THAW_DEADLINE seconds where the agent answers at all, or did before: a guest that
+        is frozen cannot go on. GuestRefused when they stay frozen; harmless when they are not, or without an agent."""
+        end = asyncio.get_running_loop().time() + THAW_DEADLINE
+        answers = self._answered
+        while True:
+            try:
+                await self._thaw_once()
+                return
+            except GuestRefused as error:
+                answers = answers or self._answered
+                if not answers:
+                    return
+                if asyncio.get_running_loop().time() > end:
+                    raise GuestRefused(
+                        self._name,
+                        f"its file systems stay frozen: {error.cause}",
+                        "reset the VM if it does not go on by itself",
+                    ) from error
+            await asyncio.sleep(_THAW_PAUSE)
+
+    async def _thaw_once(self) -> None:
+        async with self._session() as (reader, writer):
+            await self._call(reader, writer, {"execute": "guest-fsfreeze-thaw"}, THAW_ANSWER)
+
+    async def _thaw_quietly(self) -> None:
+        with suppress(GuestRefused):
+            await self.thaw()
+
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         async with self._lock:
             reader, writer = await self._open()
             try:
                 await self._synchronise(reader, writer)
+                self._answered = True
                 yield reader, writer
             finally:
                 writer.transport.abort()
@@ -89,10 +137,14 @@ class GuestAgent:
         raise self._nobody()
 
     async def _call(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, command: dict[str, JsonValue]
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        command: dict[str, JsonValue],
+        deadline: float = DEADLINE,
     ) -> JsonValue:
         try:
-            async with asyncio.timeout(DEADLINE):
+            async with asyncio.timeout(deadline):
                 _send(writer, command)
                 await writer.drain()
                 answer = _parse(await reader.readuntil(b"\n"))

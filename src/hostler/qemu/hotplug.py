@@ -16,9 +16,10 @@ import asyncio
 from contextlib import AsyncExitStack, suppress
 
 from hostler.model.disk import Bus, Disk, SourceKind
-from hostler.model.errors import AlreadyExists, GuestRefused, HostlerError, QemuFailed, TimedOut, WrongState
+from hostler.model.errors import AlreadyExists, Busy, GuestRefused, HostlerError, QemuFailed, TimedOut, WrongState
 from hostler.model.machine import MachineEvent
 from hostler.qemu import blockdev, commands
+from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.failures import image_error
 from hostler.qemu.qmp import EVENTS_LOST, QmpSession
@@ -135,11 +136,13 @@ async def _remove_quietly(qmp: QmpSession, disk: Disk) -> None:
 async def detach_disk(qmp: QmpSession, disk_id: str, timeout: float) -> None:
     """Pull a disk out: asks the guest, waits up to `timeout` seconds, then closes the image.
 
-    GuestRefused when the guest does not let go; then the disk is still attached. Harmless when it is not there, and
-    repeatable after any failure.
+    GuestRefused when the guest does not let go, Busy when a job works on it; then the disk is still attached. Harmless
+    when it is not there, and repeatable after any failure.
     """
     events = qmp.events()
-    found = await commands.peripherals(qmp)
+    found, jobs = await asyncio.gather(commands.peripherals(qmp), block.query_jobs(qmp))
+    if jobs:
+        await _refuse_if_busy(qmp, disk_id)
     device = next((name for name in found if blockdev.disk_id(name) == disk_id), None)
     if device is not None:
         await _unplug(qmp, device)
@@ -147,6 +150,11 @@ async def detach_disk(qmp: QmpSession, disk_id: str, timeout: float) -> None:
         if event is None or event.name != "DEVICE_DELETED":
             await _refuse_if_there(qmp, disk_id, device, timeout)
     await _release_all(qmp, disk_id)
+
+
+async def _refuse_if_busy(qmp: QmpSession, disk_id: str) -> None:
+    if any(blockdev.is_job_of(disk_id, node) for node in await commands.block_nodes(qmp)):
+        raise Busy(f"disk {disk_id}", "a job works on it", "wait for it, or cancel it")
 
 
 async def _release_all(qmp: QmpSession, disk_id: str) -> None:
@@ -162,7 +170,7 @@ async def _release_all(qmp: QmpSession, disk_id: str) -> None:
         if error is None:
             return
         if pause is None:
-            raise error
+            raise Busy(f"disk {disk_id}", f"its image is still used: {error.cause}", "end what uses it") from error
         await asyncio.sleep(pause)
 
 
@@ -173,7 +181,7 @@ async def _try_release(qmp: QmpSession, node: str) -> QemuFailed | None:
     except QemuFailed as error:
         if "Failed to find node" in error.cause:
             return None
-        if "in use" not in error.cause and "not owned by the monitor" not in error.cause:
+        if not any(words in error.cause for words in ("in use", "is busy", "not owned by the monitor")):
             raise
         return error
     return None

@@ -25,6 +25,7 @@ from hostler.model.nic import Network
 from hostler.model.vm import Process, VmConfig
 from hostler.qemu import cgroup, commands, hotplug, process, psk, saved, survivors, swtpm
 from hostler.qemu.blockdev import Aio
+from hostler.qemu.blocks import QemuBlocks
 from hostler.qemu.cmdline import aio_for, nic_device_id
 from hostler.qemu.failures import image_error, start_error
 from hostler.qemu.guest_agent import GuestAgent
@@ -57,6 +58,7 @@ class QemuMachine:
         self._may_run = incoming is False
         self._run_dir = RunDir(found.run_dir)
         self._agent = GuestAgent(self._run_dir.agent, name)
+        self.blocks = QemuBlocks(qmp, aio, self._agent)
         self._migrator = Migrator(qmp, found.run_dir, _uid_of(found.pid))
 
     @property

@@ -169,6 +169,7 @@ COMMANDS: dict[str, Command] = {
     "blockdev-del": Command(lambda m, a: m.blocks.blockdev_del(a), ("node-name",)),
     "query-block": Command(lambda m, _: m.blocks.query_block()),
     "query-named-block-nodes": Command(lambda m, _: m.blocks.query_nodes(), optional=("flat",)),
+    "query-jobs": Command(lambda _m, _: []),
     "device_add": Command(lambda m, a: m.blocks.device_add(a), ("driver",), open=True),
     "device_del": Command(lambda m, a: m.blocks.device_del(a), ("id",)),
     "qom-list": Command(lambda m, _: m.qom_list(), ("path",)),

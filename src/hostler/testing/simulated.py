@@ -22,6 +22,7 @@ from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.model.vm import Process
 from hostler.testing import simulated_moves as moves
 from hostler.testing.faults import Faults
+from hostler.testing.simulated_blocks import SimulatedBlocks
 from hostler.testing.simulated_world import SimulatedQemu, World
 from hostler.testing.vm_variants import FACTS
 
@@ -45,6 +46,7 @@ class SimulatedMachine:
     def __init__(self, qemu: SimulatedQemu, faults: Faults) -> None:
         self.qemu = qemu
         self.faults = faults
+        self.blocks = SimulatedBlocks(qemu, faults)
 
     @property
     def process(self) -> Process:

@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import os
 import weakref
+from collections.abc import Callable
 
 from pydantic import JsonValue
 
-from hostler.model.disk import Bus, Disk, SourceKind
-from hostler.model.errors import AlreadyExists, GuestRefused, InUse, NotFound, WrongState
+from hostler.model.blockjob import BlockJob, BlockJobState
+from hostler.model.disk import Bus, Disk, DiskSource, SourceKind
+from hostler.model.errors import AlreadyExists, Busy, GuestRefused, InUse, NotFound, WrongState
 from hostler.model.machine import LaunchSpec, MachineEvent, RunStatus
 from hostler.model.migration import MigrationProgress
 from hostler.model.vm import Process
@@ -47,6 +49,51 @@ class World:
         return f"{host}:{next(self._ports)}"
 
 
+class SimulatedJob:
+    """A block job. `switch` is what it does to its disk at a good end."""
+
+    def __init__(
+        self, job: str, kind: str, disk_id: str, total: int, switch: Callable[[], None], becomes_ready: bool
+    ) -> None:
+        self.id = job
+        self.kind = kind
+        self.disk_id = disk_id
+        self.state = BlockJobState.RUNNING
+        self.error = ""
+        self._total = total
+        self._steps = 0
+        self._done = 0
+        self._switch = switch
+        self._becomes_ready = becomes_ready
+
+    def step(self, steps: int, error: str) -> None:
+        """Go on: one of so many steps, or the error."""
+        self._steps += 1
+        self._done = self._total * min(self._steps, steps) // steps
+        if error or (self._steps >= steps and not self._becomes_ready):
+            self.end(error)
+        elif self._steps >= steps:
+            self.state = BlockJobState.READY
+
+    def end(self, error: str) -> None:
+        """The end, with the switch unless there is an error."""
+        self.error = error
+        self.state = BlockJobState.FAILED if error else BlockJobState.DONE
+        if not error:
+            self._switch()
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.state in (BlockJobState.DONE, BlockJobState.FAILED)
+
+    def seen(self) -> BlockJob:
+        """As the contract tells it."""
+        return BlockJob(
+            id=self.id, kind=self.kind, state=self.state, done=self._done, total=self._total, error=self.error
+        )
+
+
 class SimulatedQemu:
     """One simulated QEMU. The public attributes of its guest are for tests to set."""
 
@@ -73,6 +120,19 @@ class SimulatedQemu:
         self.lets_go_of_disks = True
         self.move_steps = 4
         """How many times a move gives progress (and may be cancelled) on its way."""
+        self.jobs: dict[str, SimulatedJob] = {}
+        self.job_steps = 4
+        """How many looks a block job takes."""
+        self.jobs_stand = False
+        """Whether block jobs get no further."""
+        self.job_error = ""
+        """What QEMU says about block jobs that fail from now on."""
+        self.bitmaps: dict[str, set[str]] = {}
+        """Names of the dirty bitmaps of each node."""
+        self.frozen = False
+        """Whether the guest's file systems are frozen."""
+        self.locked_trays: set[str] = set()
+        """Drives whose medium the guest holds."""
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         world.running[spec.run_dir] = self
 
@@ -171,6 +231,8 @@ class SimulatedQemu:
         disk = self.disks.get(disk_id)
         if disk is None:
             return
+        if any(job.disk_id == disk_id and not job.over for job in self.jobs.values()):
+            raise Busy(f"disk {disk_id}", "other work on it is under way", "wait for it, or cancel it")
         if not self.lets_go_of_disks:
             await asyncio.sleep(timeout)
             raise GuestRefused(f"disk {disk_id}", f"the guest did not let go of it within {timeout:g} s")
@@ -178,6 +240,14 @@ class SimulatedQemu:
         self.io_status.pop(disk_id, None)
         self._unlock(disk)
         self.emit("DEVICE_DELETED", device=f"disk-{disk_id}", path=f"/machine/peripheral/disk-{disk_id}")
+
+    def replace_chain(self, disk: Disk, source: DiskSource) -> None:
+        """Put other layers behind a disk; who writes the new top one has its lock."""
+        self._unlock(disk)
+        new = disk.but(source=source)
+        self.disks[disk.id] = new
+        if self.active:
+            self._lock(new)
 
     def activate(self) -> None:
         """Take the locks of all disks; all or none."""
@@ -197,8 +267,9 @@ class SimulatedQemu:
 
     def _open(self, disk: Disk, export: str | None) -> None:
         empty = disk.source.kind is SourceKind.EMPTY
-        if export is None and not empty and not os.path.exists(disk.source.path):
-            raise NotFound(f"disk {disk.id}", f"{disk.source.path} does not exist", path=disk.source.path)
+        for layer in disk.source.layers():
+            if layer.local and export is None and not os.path.exists(layer.path):
+                raise NotFound(f"disk {disk.id}", f"{layer.path} does not exist", path=layer.path)
         if any(other.address == disk.address or other.id == disk.id for other in self.disks.values()):
             raise AlreadyExists(f"disk {disk.id}", "its id or its address is taken", "choose another unit")
         if self.active and not empty:

@@ -1,0 +1,291 @@
+"""The contract of host.blocks, kept by the real QEMU and by the simulated one alike."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+
+import pytest
+
+from hostler.host.hypervisor import Hypervisor, Machine
+from hostler.model.blockjob import BlockJobState
+from hostler.model.disk import Disk, DiskSource, ImageFormat
+from hostler.model.errors import Busy, Cancelled, InUse, InvalidInput, NotFound, QemuFailed, WrongState
+from hostler.qemu import blockdev
+from hostler.testing.machines import Rig
+from hostler.testing.simulated import SimulatedHypervisor, World
+
+pytestmark = pytest.mark.component
+
+WAIT = 30.0
+QCOW2 = ImageFormat.QCOW2
+
+
+class Host:
+    """A hypervisor and what a test needs around it."""
+
+    def __init__(self, rig: Rig, hypervisor: Hypervisor) -> None:
+        self.rig = rig
+        self.hypervisor = hypervisor
+        self._machines: list[Machine] = []
+
+    async def start(self, *disks: Disk, place: str = "a") -> Machine:
+        spec = self.rig.spec(place, disks=disks)
+        machine = await self.hypervisor.launch(spec)
+        self._machines.append(machine)
+        await machine.run()
+        return machine
+
+    async def adopt(self, machine: Machine, place: str = "a") -> Machine:
+        """The daemon was restarted."""
+        await machine.close()
+        spec = self.rig.spec(place)
+        found = await self.hypervisor.adopt(spec.config.id, spec.run_dir)
+        assert found is not None
+        self._machines.append(found)
+        return found
+
+    async def source(self, format: ImageFormat = QCOW2, backing: DiskSource | None = None) -> DiskSource:
+        """A new image; with `backing`, a layer on top of that."""
+        token = secrets.token_hex(3)
+        image = await self.rig.image(f"{token}.img", format)
+        return image.but(node=token, backing=backing)
+
+    async def disk(self, layers: int = 1, unit: int = 0, name: str = "data") -> Disk:
+        """A disk of so many layers."""
+        source = (await self.source()).but(node="")
+        for _ in range(layers - 1):
+            source = await self.source(backing=source)
+        return Disk(id=name, source=source, unit=unit)
+
+    async def on_top(self, disk: Disk) -> Disk:
+        """The disk with a new layer, made but not pushed."""
+        return disk.but(source=await self.source(backing=disk.source))
+
+    async def clear(self) -> None:
+        for machine in self._machines:
+            await machine.quit()
+            await machine.close()
+
+
+@pytest.fixture(params=["simulated", "real"])
+async def host(request: pytest.FixtureRequest) -> AsyncIterator[Host]:
+    async with Rig() as rig:
+        simulated = request.param == "simulated"
+        made = Host(rig, SimulatedHypervisor(world=World()) if simulated else rig.hypervisor)
+        try:
+            yield made
+        finally:
+            await made.clear()
+
+
+def nodes(disk: Disk) -> tuple[str, ...]:
+    return tuple(blockdev.layer_node(disk, layer) for layer in disk.source.layers())
+
+
+async def test_layers_of_a_chain_that_was_there_at_the_start(host: Host) -> None:
+    one, two = await host.disk(3), await host.disk(1, unit=1, name="b" * 31)
+    machine = await host.start(one, two)
+    assert await machine.blocks.layers() == {one.id: nodes(one), two.id: nodes(two)}
+
+
+async def test_push(host: Host) -> None:
+    one, two = await host.disk(), await host.disk(2, unit=1, name="a-name-of-31-characters-exactly")
+    machine = await host.start(one, two)
+    higher = [await host.on_top(disk) for disk in (one, two)]
+    for _ in range(2):
+        await machine.blocks.push(higher)
+    assert await machine.blocks.layers() == {disk.id: nodes(disk) for disk in higher}
+    machine = await host.adopt(machine)
+    highest = await host.on_top(higher[0])
+    await machine.blocks.push([highest, higher[1]])
+    assert await machine.blocks.layers() == {one.id: nodes(highest), two.id: nodes(higher[1])}
+    for disk in (one, two):
+        await machine.detach_disk(disk.id, WAIT)
+    assert await machine.blocks.layers() == {}
+    await machine.attach_disk(highest)
+
+
+async def test_push_is_all_or_none(host: Host) -> None:
+    one, two = await host.disk(), await host.disk(unit=1, name="other")
+    machine = await host.start(one, two)
+    good = await host.on_top(one)
+    bad = await host.on_top(two)
+    missing = bad.but(source=bad.source.but(path="/none/x"))
+    with pytest.raises(NotFound):
+        await machine.blocks.push([good, missing])
+    elsewhere = bad.but(source=bad.source.but(backing=await host.source()))
+    with pytest.raises(WrongState):
+        await machine.blocks.push([good, elsewhere])
+    assert await machine.blocks.layers() == {"data": nodes(one), "other": nodes(two)}
+    await machine.blocks.push([good, bad])
+    assert await machine.blocks.layers() == {"data": nodes(good), "other": nodes(bad)}
+
+
+async def test_a_pushed_layer_is_written_by_one_machine_only(host: Host) -> None:
+    disk = await host.on_top(await host.disk())
+    machine = await host.start(disk.but(source=disk.source.backing))
+    await machine.blocks.push([disk])
+    with pytest.raises(InUse):
+        await host.start(disk, place="b")
+
+
+@pytest.mark.parametrize("format", [ImageFormat.RAW, ImageFormat.QCOW2, ImageFormat.VHD_FIXED])
+@pytest.mark.parametrize("layers", [1, 3])
+async def test_mirror(host: Host, format: ImageFormat, layers: int) -> None:
+    disk = await host.disk(layers)
+    machine = await host.start(disk)
+    target = await host.source(format)
+    for _ in range(2):
+        await machine.blocks.mirror("move", disk, target)
+    seen: list[float | None] = []
+    ready = await machine.blocks.watch("move", lambda job: seen.append(job.fraction), until_ready=True)
+    assert (ready.state, ready.kind) == (BlockJobState.READY, "mirror")
+    assert seen
+    assert await machine.blocks.layers() == {"data": nodes(disk)}
+    with pytest.raises(Busy):
+        await machine.detach_disk("data", WAIT)
+    with pytest.raises(Busy):
+        await machine.blocks.push([await host.on_top(disk)])
+    await machine.stop()
+    for _ in range(2):
+        await machine.blocks.finish("move")
+    moved = disk.but(source=target)
+    assert await machine.blocks.layers() == {"data": nodes(moved)}
+    job = await machine.blocks.job("move")
+    assert job is not None
+    assert job.state is BlockJobState.DONE
+    await machine.run()
+    for _ in range(2):
+        await machine.blocks.forget("move")
+    assert await machine.blocks.job("move") is None
+    if format is not ImageFormat.VHD_FIXED:
+        await machine.blocks.push([await host.on_top(moved)])
+    other = await host.start(disk, place="b")  # the old image is free
+    await other.quit()
+    await machine.detach_disk("data", WAIT)
+
+
+@pytest.mark.parametrize("how", ["running", "ready", "adopted"])
+async def test_a_mirror_given_up(host: Host, how: str) -> None:
+    disk = await host.disk(2)
+    machine = await host.start(disk)
+    target = await host.source()
+    await machine.blocks.mirror("move", disk, target, speed=1 if how == "running" else 0)
+    if how != "running":
+        await machine.blocks.watch("move", until_ready=True)
+        machine = await host.adopt(machine) if how == "adopted" else machine
+    for _ in range(2):
+        await machine.blocks.cancel("move")
+    with pytest.raises(Cancelled):
+        await machine.blocks.watch("move")
+    for _ in range(2):
+        await machine.blocks.forget("move")
+    assert await machine.blocks.layers() == {"data": nodes(disk)}
+    other = await host.start(disk.but(source=target), place="b")  # it is free
+    await other.quit()
+    await machine.blocks.push([await host.on_top(disk)])
+
+
+async def test_jobs_nobody_knows(host: Host) -> None:
+    machine = await host.start(await host.disk())
+    assert await machine.blocks.job("none") is None
+    await machine.blocks.cancel("none")
+    await machine.blocks.forget("none")
+    with pytest.raises(NotFound):
+        await machine.blocks.watch("none")
+    with pytest.raises(NotFound):
+        await machine.blocks.finish("none")
+
+
+async def test_a_mirror_to_nowhere(host: Host) -> None:
+    disk = await host.disk()
+    machine = await host.start(disk)
+    with pytest.raises(NotFound):
+        await machine.blocks.mirror("move", disk, DiskSource(path="/none/x", node="new"))
+    assert await machine.blocks.job("move") is None
+    assert await machine.blocks.layers() == {"data": nodes(disk)}
+
+
+async def test_commit_of_the_top_layer(host: Host) -> None:
+    disk = await host.disk(3)
+    base = disk.source.backing
+    assert base is not None
+    machine = await host.start(disk)
+    for _ in range(2):
+        await machine.blocks.commit("merge", disk, disk.source, base)
+    assert (await machine.blocks.watch("merge", until_ready=True)).state is BlockJobState.READY
+    machine = await host.adopt(machine)
+    await machine.stop()
+    await machine.blocks.finish("merge")
+    await machine.run()
+    await machine.blocks.forget("merge")
+    merged = disk.but(source=base)
+    assert await machine.blocks.layers() == {"data": nodes(merged)}
+    with pytest.raises(InUse):
+        await host.start(merged, place="b")
+    await machine.blocks.push([await host.on_top(merged)])
+
+
+@pytest.mark.parametrize("top", [1, 2])
+async def test_commit_in_the_middle(host: Host, top: int) -> None:
+    disk = await host.disk(4)
+    chain = list(disk.source.layers())
+    machine = await host.start(disk)
+    await machine.blocks.commit("merge", disk, chain[top], chain[3])
+    assert (await machine.blocks.watch("merge")).state is BlockJobState.DONE
+    await machine.blocks.forget("merge")
+    left = [*nodes(disk)[:top], nodes(disk)[3]]
+    assert await machine.blocks.layers() == {"data": tuple(left)}
+
+
+async def test_a_commit_given_up(host: Host) -> None:
+    disk = await host.disk(2)
+    assert disk.source.backing is not None
+    machine = await host.start(disk)
+    await machine.blocks.commit("merge", disk, disk.source, disk.source.backing)
+    await machine.blocks.watch("merge", until_ready=True)
+    with pytest.raises(WrongState):
+        await machine.blocks.forget("merge")
+    await machine.blocks.cancel("merge")
+    await machine.blocks.forget("merge")
+    assert await machine.blocks.layers() == {"data": nodes(disk)}
+
+
+async def test_what_cannot_be_merged(host: Host) -> None:
+    disk = await host.disk(2)
+    base = disk.source.backing
+    assert base is not None
+    machine = await host.start(disk)
+    with pytest.raises(InvalidInput):
+        await machine.blocks.commit("merge", disk, base, disk.source)
+    grown = disk.but(source=disk.source.but(size=base.size * 2, backing=base.but(format=ImageFormat.VHDX)))
+    with pytest.raises(InvalidInput):
+        await machine.blocks.commit("merge", grown, grown.source, base.but(format=ImageFormat.VHDX))
+    assert await machine.blocks.job("merge") is None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_stream(host: Host, whole: bool) -> None:
+    disk = await host.disk(4)
+    chain = list(disk.source.layers())
+    machine = await host.start(disk)
+    for _ in range(2):
+        await machine.blocks.stream("up", disk, None if whole else chain[2])
+    await machine.blocks.watch("up")
+    await machine.blocks.forget("up")
+    assert await machine.blocks.layers() == {"data": nodes(disk)[:1] + (() if whole else nodes(disk)[2:])}
+
+
+async def test_a_job_ends_with_qemu(host: Host) -> None:
+    disk = await host.disk()
+    machine = await host.start(disk)
+    await machine.blocks.mirror("move", disk, await host.source())
+    await machine.blocks.watch("move", until_ready=True)
+    watching = asyncio.create_task(machine.blocks.watch("move"))
+    await asyncio.sleep(0)
+    await machine.quit()
+    with pytest.raises(QemuFailed) as caught:
+        await asyncio.wait_for(watching, WAIT)
+    assert caught.value.details["gone"] is True
