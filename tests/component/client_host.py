@@ -137,8 +137,8 @@ class VolumeBook:
         self.by_name: dict[str, Volume] = {}
         self._jobs = jobs
 
-    async def list(self) -> list[Volume]:
-        return list(self.by_name.values())
+    async def list(self, pool: str | None = None) -> list[Volume]:
+        return [v for v in self.by_name.values() if pool in (None, v.pool)]
 
     async def get(self, ref: str) -> Volume:
         if ref not in self.by_name:

@@ -143,7 +143,7 @@ def test_a_handed_over_vm_says_so() -> None:
 def test_volumes() -> None:
     volume = Volume(name="a", path="/v/a", format=ImageFormat.VHDX, size=GiB, allocated=MiB, backing="/b", created=NOON)
     assert plain(views.volumes(as_json(volume))) == (
-        "NAME  STATE  FORMAT   SIZE  ALLOCATED  PATH\na     ready  vhdx    1 GiB      1 MiB  /v/a"
+        "NAME  STATE  FORMAT   SIZE  ALLOCATED  POOL  PATH\na     ready  vhdx    1 GiB      1 MiB        /v/a"
     )
     assert facts(views.volume(one(volume))) == {
         "name": "a", "path": "/v/a", "format": "vhdx", "size": "1 GiB (1073741824 bytes)", "allocated": "1 MiB",

@@ -18,6 +18,7 @@ from hostler.identity.authorize import TABLE
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
 from hostler.model.migration import IncomingRequest, MigrationSettings
+from hostler.model.pool import PoolChange, PoolCreate, PoolScan
 from hostler.model.requests import (
     DiskAdd,
     InspectRequest,
@@ -42,7 +43,7 @@ PIN = "ab" * 32
 def test_answers_are_read_as_what_their_annotations_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models are named by text, so that they are imported late; here the texts are compared with the types."""
     namespace = {}
-    for module in ("limits", "job", "migration", "views", "vm", "volume"):
+    for module in ("limits", "job", "migration", "pool", "views", "vm", "volume"):
         namespace |= vars(__import__(f"hostler.model.{module}", fromlist=["x"]))
     hints = typing.get_type_hints(answers, globalns=vars(answers) | namespace)
     checked = 0
@@ -192,6 +193,7 @@ def test_secrets_that_others_can_read_are_refused(home: dict[str, str], mode: in
 def every_call() -> list[calls.Call[Any]]:
     """One of each, with names that stand for themselves."""
     vm, volume, host, job, token, move = "{vm}", "{volume}", "{host}", "{job}", "{token}", "{id}"
+    pool = "{pool}"
     migrate, disk = MigrateRequest(host="h"), DiskAdd(volume="v")
     request = a_move()
     return [
@@ -202,6 +204,8 @@ def every_call() -> list[calls.Call[Any]]:
         calls.disk_remove(vm, "{disk}"), calls.nic_add(vm, NicAdd()), calls.nic_remove(vm, "{nic}"),
         calls.volumes(), calls.volume(volume), calls.volume_create(VolumeCreate(name="v", size=512)),
         calls.volume_register(VolumeRegister(name="v", path="/v")), calls.volume_inspect(InspectRequest(path="/v")),
+        calls.pools(), calls.pool(pool), calls.pool_create(PoolCreate(name="p", path="/p")),
+        calls.pool_change(pool, PoolChange()), calls.pool_delete(pool), calls.pool_scan(pool, PoolScan()),
         calls.volume_delete(volume), calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),
         calls.host_join(JoinRequest(invitation="i")), calls.host_remove(host), calls.jobs(), calls.job(job),
         calls.job_cancel(job), calls.tokens(), calls.token_create(TokenCreate(name="t")), calls.token_revoke(token),

@@ -51,6 +51,10 @@ def volume_names(context: click.Context, _parameter: click.Parameter, incomplete
     return _names(context, calls.volumes(), lambda volume: (volume["name"], volume["format"]), incomplete)
 
 
+def pool_names(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _names(context, calls.pools(), lambda pool: (pool["name"], pool["kind"]), incomplete)
+
+
 def host_names(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return _names(context, calls.hosts(), lambda host: (host["name"], host["address"]), incomplete)
 

@@ -8,6 +8,7 @@ from hostler.cli import completing
 
 VM = click.argument("vm", shell_complete=completing.vm_names)
 VOLUME = click.argument("volume", shell_complete=completing.volume_names)
+POOL = click.argument("pool", shell_complete=completing.pool_names)
 HOST = click.argument("host", shell_complete=completing.host_names)
 JOB = click.argument("job", shell_complete=completing.job_ids)
 

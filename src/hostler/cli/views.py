@@ -172,10 +172,10 @@ def _given(facts: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
 
 def volumes(found: Sequence[Json]) -> Table:
     rows = tuple(
-        (v["name"], v["state"], v["format"], _size(v["size"]), _size(v["allocated"]), v["path"])
+        (v["name"], v["state"], v["format"], _size(v["size"]), _size(v["allocated"]), v["pool"], v["path"])
         for v in sorted(found, key=lambda v: str(v["name"]))
     )
-    columns = ("NAME", "STATE", "FORMAT", "SIZE", "ALLOCATED", "PATH")
+    columns = ("NAME", "STATE", "FORMAT", "SIZE", "ALLOCATED", "POOL", "PATH")
     return Table(columns, rows, frozenset({"SIZE", "ALLOCATED"}), empty="no volumes; make one: hostler volume create")
 
 
@@ -185,6 +185,8 @@ def volume(found: Json) -> Facts:
             (
                 ("name", found["name"]),
                 ("path", found["path"]),
+                ("pool", found["pool"]),
+                ("identity", found["identity"]),
                 ("format", found["format"]),
                 ("size", f"{_size(found['size'])} ({found['size']} bytes)"),
                 ("allocated", _size(found["allocated"])),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hostler.model.job import Job
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingStatus
+    from hostler.model.pool import PoolView, ScanReport
     from hostler.model.views import (
         Deleted,
         Event,
@@ -75,6 +76,9 @@ VM: Answer[VmRecord] = Model("vm", "VmRecord")
 VMS: Answer[list[VmRecord]] = Model("vm", "VmRecord", many=True)
 VOLUME: Answer[Volume] = Model("volume", "Volume")
 VOLUMES: Answer[list[Volume]] = Model("volume", "Volume", many=True)
+POOL: Answer[PoolView] = Model("pool", "PoolView")
+POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)
+SCAN: Answer[ScanReport] = Model("pool", "ScanReport")
 JOB: Answer[Job] = Model("job", "Job")
 JOBS: Answer[list[Job]] = Model("job", "Job", many=True)
 HOST: Answer[HostView] = Model("views", "HostView")

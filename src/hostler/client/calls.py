@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
+    from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
     from hostler.model.requests import (
         DiskAdd,
         InspectRequest,
@@ -177,8 +178,8 @@ def vnc_path(ref: str) -> str:
 # volumes
 
 
-def volumes() -> Call[list[Volume]]:
-    return Call("GET", "/v1/volumes", answers.VOLUMES)
+def volumes(pool: str | None = None) -> Call[list[Volume]]:
+    return Call("GET", "/v1/volumes", answers.VOLUMES, {} if pool is None else {"pool": pool})
 
 
 def volume(ref: str) -> Call[Volume]:
@@ -200,6 +201,33 @@ def volume_inspect(request: InspectRequest) -> Call[Volume]:
 def volume_delete(ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Call[Deleted]:
     query = _query(keep_file=keep_file, dry_run=dry_run)
     return Call("DELETE", f"/v1/volumes/{url_part('volume', ref)}", answers.DELETED, query)
+
+
+# pools
+
+
+def pools() -> Call[list[PoolView]]:
+    return Call("GET", "/v1/pools", answers.POOLS)
+
+
+def pool(name: str) -> Call[PoolView]:
+    return Call("GET", f"/v1/pools/{url_part('pool', name)}", answers.POOL)
+
+
+def pool_create(request: PoolCreate) -> Call[PoolView]:
+    return Call("POST", "/v1/pools", answers.POOL, body=request)
+
+
+def pool_change(name: str, request: PoolChange) -> Call[PoolView]:
+    return Call("PATCH", f"/v1/pools/{url_part('pool', name)}", answers.POOL, body=request)
+
+
+def pool_delete(name: str, *, dry_run: bool = False) -> Call[Deleted]:
+    return Call("DELETE", f"/v1/pools/{url_part('pool', name)}", answers.DELETED, _query(dry_run=dry_run))
+
+
+def pool_scan(name: str, request: PoolScan) -> Call[ScanReport]:
+    return Call("POST", f"/v1/pools/{url_part('pool', name)}/scan", answers.SCAN, body=request, wait=90.0)
 
 
 # hosts

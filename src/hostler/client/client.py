@@ -24,6 +24,7 @@ from hostler.model.errors import Cancelled, InternalError, TimedOut
 if TYPE_CHECKING:
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
+    from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
     from hostler.model.requests import (
         DiskAdd,
         InspectRequest,
@@ -137,8 +138,8 @@ class Volumes:
     def __init__(self, send: Sender) -> None:
         self._send = send
 
-    def list(self) -> list[Volume]:
-        return self._send(calls.volumes())
+    def list(self, pool: str | None = None) -> list[Volume]:
+        return self._send(calls.volumes(pool))
 
     def get(self, ref: str) -> Volume:
         return self._send(calls.volume(ref))
@@ -154,6 +155,31 @@ class Volumes:
 
     def delete(self, ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Deleted:
         return self._send(calls.volume_delete(ref, keep_file=keep_file, dry_run=dry_run))
+
+
+class Pools:
+    """Pools: places where volumes are."""
+
+    def __init__(self, send: Sender) -> None:
+        self._send = send
+
+    def list(self) -> list[PoolView]:
+        return self._send(calls.pools())
+
+    def get(self, name: str) -> PoolView:
+        return self._send(calls.pool(name))
+
+    def create(self, request: PoolCreate) -> PoolView:
+        return self._send(calls.pool_create(request))
+
+    def change(self, name: str, request: PoolChange) -> PoolView:
+        return self._send(calls.pool_change(name, request))
+
+    def delete(self, name: str, *, dry_run: bool = False) -> Deleted:
+        return self._send(calls.pool_delete(name, dry_run=dry_run))
+
+    def scan(self, name: str, request: PoolScan) -> ScanReport:
+        return self._send(calls.pool_scan(name, request))
 
 
 class Hosts:
@@ -234,6 +260,7 @@ class Client:
         self.transport = Transport(target, deadline)
         self.vms = Vms(self.send)
         self.volumes = Volumes(self.send)
+        self.pools = Pools(self.send)
         self.hosts = Hosts(self.send)
         self.jobs = Jobs(self.send)
         self.tokens = Tokens(self.send)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -21,6 +21,9 @@ from hostler.host.hypervisor import Hypervisor
 from hostler.host.jobs import JobRunner
 from hostler.host.operations import OPERATIONS
 from hostler.host.paths import Paths
+from hostler.host.pool_places import Places
+from hostler.host.pool_watch import PoolWatch
+from hostler.host.pools import Pools
 from hostler.host.resources import Resources
 from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
@@ -35,6 +38,7 @@ from hostler.model.limits import PROFILES, Limits
 from hostler.network.taps import Taps
 from hostler.storage.claims import ClaimBook
 from hostler.storage.exports import Exports
+from hostler.storage.pools.book import PoolBook
 from hostler.storage.qemu_img import QemuImg
 from hostler.storage.volumes import VolumeService
 from hostler.store.contract import Store
@@ -69,6 +73,7 @@ class Application:
     host: Host
     vms: VmService
     volumes: Volumes
+    pools: Pools
     jobs: JobRunner
     events: EventHub
     hosts: HostService
@@ -79,18 +84,21 @@ class Application:
     adoption: Adoption
     roster: Roster
     volume_service: VolumeService
+    pool_watch: PoolWatch
     _autostart: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Take over what is there: VMs, jobs, moves. The API may answer from its return on."""
         await self.peers.load()
         await self.volume_service.recover()
+        await self.pools.recover()
         for note in await self.host.store.list("moved/"):
             self.host.moved[note.key.removeprefix("moved/")] = (str(note.value["name"]), str(note.value["host_name"]))
         await self.adoption.run()
         await self.incoming.recover()
         await self.adoption.settle_arrivals()
         await self.adoption.tidy([c.id for c in self.incoming.coming()])
+        self.pool_watch.begin()
         self._autostart = asyncio.create_task(autostart(self.host, self._start_vm), name="autostart")
 
     async def _start_vm(self, vm_id: str) -> Job:
@@ -103,6 +111,7 @@ class Application:
             self._autostart.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._autostart
+        await self.pool_watch.close()
         await self.adoption.close()
         await self.incoming.close()
         await self.jobs.close()
@@ -128,6 +137,7 @@ def build_application(parts: Parts) -> Application:
         host=host,
         vms=VmService(host, roster),
         volumes=host.volumes,
+        pools=host.pools,
         jobs=host.jobs,
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
@@ -138,6 +148,7 @@ def build_application(parts: Parts) -> Application:
         adoption=Adoption(host, roster, {**OPERATIONS, migrations.operation.kind: migrations.operation}),
         roster=roster,
         volume_service=host.volumes.service,
+        pool_watch=PoolWatch(host.pools, host.volumes.service, host.events),
     )
 
 
@@ -148,6 +159,8 @@ def _build_host(parts: Parts) -> Host:
     actors: dict[str, VmActor] = {}
     claims = ClaimBook(parts.store, lambda vm_id: actors[vm_id].record.name if vm_id in actors else vm_id)
     service = VolumeService(parts.store, parts.paths.volumes, limits, claims, parts.image)
+    pools = Pools(PoolBook(parts.store), service, events, parts.paths.volumes, lambda: _paths_in_use(actors))
+    places = Places(pools, service, lambda: _paths_in_use(actors))
     return Host(
         paths=parts.paths,
         facts=parts.facts,
@@ -158,6 +171,17 @@ def _build_host(parts: Parts) -> Host:
         hypervisor=parts.hypervisor,
         resources=Resources(parts.paths, parts.facts, Taps(parts.facts.id), Exports()),
         claims=claims,
-        volumes=Volumes(service, claims, jobs, events),
+        volumes=Volumes(service, claims, jobs, events, pools, places),
+        pools=pools,
+        places=places,
         actors=actors,
     )
+
+
+def _paths_in_use(actors: dict[str, VmActor]) -> Iterator[str]:
+    """What the disks of this host's VMs name, now and from their next start on."""
+    for actor in actors.values():
+        record = actor.record
+        for config in (record.config, record.next_config or record.config):
+            for disk in config.disks:
+                yield from (layer.path for layer in disk.source.layers())

@@ -11,6 +11,8 @@ from hostler.host.events import EventHub
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.jobs import JobRunner
 from hostler.host.paths import Paths
+from hostler.host.pool_places import Places
+from hostler.host.pools import Pools
 from hostler.host.resources import Resources
 from hostler.host.volumes import Volumes
 from hostler.model.errors import HostLacks, NotFound
@@ -37,6 +39,8 @@ class Host:
     resources: Resources
     claims: ClaimBook
     volumes: Volumes
+    pools: Pools
+    places: Places
     actors: dict[str, VmActor] = field(default_factory=dict)
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Id of each VM that moved away: its name, and the name of the host it moved to."""

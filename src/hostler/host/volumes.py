@@ -11,11 +11,14 @@ import structlog
 
 from hostler.host.events import EventHub
 from hostler.host.jobs import JobRunner
+from hostler.host.pool_places import Places
+from hostler.host.pools import Pools
 from hostler.host.steps import JobContext, Plan, Step
-from hostler.model.disk import Disk, DiskSource, ImageFormat, SourceKind
+from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import InUse, InvalidInput, NotFound
 from hostler.model.job import Job, Progress
-from hostler.model.names import nearest
+from hostler.model.names import check_name, nearest
+from hostler.model.pool import DEFAULT_POOL, source_of
 from hostler.model.requests import DiskAdd, VolumeCreate, VolumeRegister
 from hostler.model.views import Deleted
 from hostler.model.vm import KernelBoot
@@ -23,6 +26,7 @@ from hostler.model.volume import Volume
 from hostler.storage.claims import ClaimBook
 from hostler.storage.devices import inspect_device
 from hostler.storage.formats import open_regular, recognise
+from hostler.storage.qemu_img import OnProgress
 from hostler.storage.volumes import VolumeService
 
 log = structlog.get_logger()
@@ -31,15 +35,27 @@ log = structlog.get_logger()
 class Volumes:
     """The application functions about volumes."""
 
-    def __init__(self, service: VolumeService, claims: ClaimBook, jobs: JobRunner, events: EventHub) -> None:
+    def __init__(
+        self,
+        service: VolumeService,
+        claims: ClaimBook,
+        jobs: JobRunner,
+        events: EventHub,
+        pools: Pools,
+        places: Places,
+    ) -> None:
         self.service = service
+        self._pools = pools
+        self._places = places
         self._claims = claims
         self._jobs = jobs
         self._events = events
 
-    async def list(self) -> Sequence[Volume]:
-        """Every volume this host knows, by name."""
-        return await self.service.list()
+    async def list(self, pool: str | None = None) -> Sequence[Volume]:
+        """Every volume this host knows, by name; with `pool` those in it. NotFound for a pool that is not known."""
+        if pool is not None:
+            await self._pools.named(pool)
+        return [v for v in await self.service.list() if pool is None or v.pool == pool]
 
     async def get(self, ref: str) -> Volume:
         """The volume with that name or path."""
@@ -60,26 +76,39 @@ class Volumes:
 
             if context.job.data.get("made"):
                 return
-            service = self.service
-            if request.source is None:
-                assert request.size is not None
-                volume = await service.create(request.name, request.size, request.format, request.path)
-            else:
-                volume = await service.create_from(
-                    request.name,
-                    request.source,
-                    request.format,
-                    request.size,
-                    request.path,
-                    request.source_format,
-                    show,
-                )
+            volume = await self._make(request, show)
             context.no_return()
             await context.remember(made=True)
             self._events.publish("volume", volume.name, volume)
             context.result(volume.to_json())
 
         return Step("create", do)
+
+    async def _make(self, request: VolumeCreate, show: OnProgress) -> Volume:
+        """In its pool, or at its path."""
+        name, format = request.name, request.format
+        if request.source is None:
+            assert request.size is not None
+            if request.path is None:
+                return await self._places.make(request.pool or DEFAULT_POOL, name, request.size, format)
+            pool = await self._pools.pool_at(request.path)
+            return await self.service.create(name, request.size, format, request.path, pool.name if pool else "")
+        path, place = request.path, ""
+        if path is None:
+            check_name("volume", name)
+            plan = await self._places.plan(request.pool or DEFAULT_POOL, name, request.size or 0, format)
+            path, place = plan.path, plan.pool
+            if plan.kind is not SourceKind.VOLUME:
+                raise InvalidInput(
+                    f"pool {plan.pool}",
+                    "has LUNs or exports, into which no image is copied when a volume is made",
+                    "make the volume, then move a disk onto it, or copy inside a guest",
+                )
+        elif (pool := await self._pools.pool_at(path)) is not None:
+            place = pool.name
+        return await self.service.create_from(
+            name, request.source, format, request.size, path, request.source_format, show, place
+        )
 
     async def recover(self, job: Job) -> None:
         """End an interrupted creation. The storage service has tidied up at its own start: the volume is there, whole,
@@ -99,6 +128,9 @@ class Volumes:
     async def register(self, request: VolumeRegister, by: str) -> Volume:
         """Make an existing image a volume, in place."""
         volume = await self.service.register(request.name, request.path, request.format)
+        pool = await self._pools.pool_at(volume.path)
+        if pool is not None:
+            volume = await self.service.amend(volume.name, pool=pool.name)
         self._events.publish("volume", volume.name, volume)
         log.info("volume.registered", name=volume.name, path=volume.path, by=by)
         return volume
@@ -110,6 +142,7 @@ class Volumes:
     async def delete(self, ref: str, by: str, keep_file: bool = False, dry_run: bool = False) -> Deleted:
         """Forget a volume, and delete its file unless `keep_file`. InUse while a VM has it open."""
         volume = await self.service.get(ref)
+        keep_file = keep_file or await self._places.stays(volume)
         outcome = Deleted(
             id=volume.name,
             removed=() if keep_file else (volume.path,),
@@ -130,14 +163,19 @@ class Volumes:
             return await inspect_device(request.device)
         if request.volume is None:
             return DiskSource(kind=SourceKind.EMPTY, path="")
-        return await self.resolve_image(request.volume, request.format)
+        writes = not request.read_only and request.media is Media.DISK
+        return await self.resolve_image(request.volume, request.format, writes)
 
-    async def resolve_image(self, ref: str, format: ImageFormat | None) -> DiskSource:
-        """What the name of a volume, or the path of an image, means."""
+    async def resolve_image(self, ref: str, format: ImageFormat | None, writes: bool = False) -> DiskSource:
+        """What the name of a volume, or the path of an image, means. `writes`: a guest shall write it."""
         known = await self._known(ref)
         if known is not None:
             _require_same_format(known, format)
-            return DiskSource(path=known.path, format=known.format, size=known.size)
+            if writes:
+                await self._places.require_writable(known)
+            source = source_of(known)
+            await self._places.verify(source, f"volume {known.name}")
+            return source
         if not ref.startswith("/"):
             names = [v.name for v in await self.service.list()]
             near = nearest(ref, names)
@@ -162,6 +200,8 @@ class Volumes:
         """Before a VM gets these disks: NotFound if the file or device of one is not there, and what `recognise` says
         of an image that was damaged or exchanged since it became known."""
         await asyncio.to_thread(_look_at, disks)
+        for disk, layer in [(d, s) for d in disks for s in d.source.layers()]:
+            await self._places.verify(layer, f"disk {disk.id}")
 
     async def check_kernel(self, boot: KernelBoot | None) -> None:
         """NotFound, NotPermitted or InvalidInput if kernel or initial RAM disk is no file this daemon can read."""

@@ -66,6 +66,14 @@ TABLE: dict[str, Rule] = {
     "POST /v1/volumes/inspect": _P.CONFIGURE,
     "GET /v1/volumes/{volume}": _P.VIEW,
     "DELETE /v1/volumes/{volume}": _P.CONFIGURE,
+    # pools
+    "GET /v1/pools": _P.VIEW,
+    # Makes paths of the host, and addresses it can reach, known to the platform: more than configuring VMs.
+    "POST /v1/pools": _P.ADMINISTER,
+    "GET /v1/pools/{pool}": _P.VIEW,
+    "PATCH /v1/pools/{pool}": _P.ADMINISTER,
+    "DELETE /v1/pools/{pool}": _P.ADMINISTER,
+    "POST /v1/pools/{pool}/scan": _P.CONFIGURE,
     # jobs and events
     "GET /v1/jobs": _P.VIEW,
     "GET /v1/jobs/{job}": _P.VIEW,

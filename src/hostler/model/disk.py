@@ -76,7 +76,9 @@ class DiskSource(Record):
     `path` is absolute on the host, or the address of a network source (see SourceKind); `size` is what the guest sees,
     in bytes (a fixed VHD is one footer shorter than its file). `node` tells the layers of one disk apart: "" for the
     image a disk was attached with, a short random token for each layer and each copy made later; it never changes and
-    is never used twice for one disk. `pool` is the pool that knows how to reach a network source.
+    is never used twice for one disk. `pool` is the pool that knows how to reach a network source; `identity` is what a
+    LUN calls itself, whichever way it is reached (its designator, "naa.6001405..."): claims are kept by it, and another
+    LUN at the same address is refused.
     """
 
     kind: SourceKind = SourceKind.VOLUME
@@ -85,6 +87,7 @@ class DiskSource(Record):
     size: int = Field(default=0, ge=0)
     node: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{0,8}$")] = ""
     pool: str = ""
+    identity: str = ""
     backing: DiskSource | None = None
 
     @model_validator(mode="after")
@@ -117,6 +120,11 @@ class DiskSource(Record):
     def local(self) -> bool:
         """Whether `path` names something in this host's file system."""
         return self.kind in (SourceKind.VOLUME, SourceKind.DEVICE, SourceKind.CHAIN)
+
+    @property
+    def networked(self) -> bool:
+        """Whether QEMU reaches it over the network, by what its pool knows."""
+        return self.kind in (SourceKind.ISCSI, SourceKind.NBD)
 
     @property
     def base(self) -> DiskSource:

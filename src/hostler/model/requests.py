@@ -13,6 +13,7 @@ from hostler.model.base import Input
 from hostler.model.disk import Bus, CacheMode, ImageFormat, Media
 from hostler.model.migration import MigrationMode
 from hostler.model.nic import BridgeName, Mac, Network
+from hostler.model.pool import PoolName
 from hostler.model.principal import Role
 from hostler.model.vm import AbsolutePath, Autostart, Firmware, KernelBoot, Shutdown, StopAction
 
@@ -125,15 +126,23 @@ class MigrateRequest(Input):
 
 
 class VolumeCreate(Input):
-    """A new volume. `path`: where (default: `<name>.<suffix>` in the host's volume directory); `source`: absolute path
-    of an image to copy, converting to `format`; then `size` may be left out or larger than the source's."""
+    """A new volume. `pool`: in which pool (default: the pool `default`, the host's volume directory), or `path`: at
+    which place; in a pool of LUNs the smallest free one of at least `size` is taken. `source`: absolute path of an
+    image to copy, converting to `format`; then `size` may be left out or larger than the source's."""
 
     name: Name
     size: int | None = Field(default=None, ge=512)
     format: ImageFormat = ImageFormat.QCOW2
     path: Path | None = None
+    pool: PoolName | None = None
     source: Path | None = None
     source_format: ImageFormat | None = None
+
+    @model_validator(mode="after")
+    def _place(self) -> Self:
+        if self.path is not None and self.pool is not None:
+            raise ValueError("give 'pool' or 'path', not both")
+        return self
 
     @model_validator(mode="after")
     def _size(self) -> Self:

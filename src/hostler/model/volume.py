@@ -40,7 +40,8 @@ class Volume(Record):
     `backing` is the path of the image it builds on, if any. `pool` is the pool it is in ("" for one at a path of its
     own). `owner` is the id of the VM it was made for and goes with (layers of checkpoints); None for one that stands
     alone. `generation` grows with each change of its content or size by a job: a job that comes late, or twice, is
-    refused. `node` is the layer's token in its disk (see DiskSource); `kind` where it is.
+    refused. `node` is the layer's token in its disk (see DiskSource); `kind` where it is; `identity` what a LUN calls
+    itself.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Volume(Record):
     owner: str | None = None
     generation: int = 0
     node: str = ""
+    identity: str = ""
     notes: str = ""
     state: VolumeState = VolumeState.READY
     created: datetime | None = None

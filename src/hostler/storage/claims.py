@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from hostler.model.disk import Disk, SourceKind
+from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.model.errors import Busy, InUse, NotFound, WrongState
 from hostler.model.volume import Claim
 from hostler.store.contract import ABSENT, Check, CheckFailed, Delete, Entry, Put, Store, Transaction
@@ -42,8 +42,19 @@ class _Held:
     revision: int
 
 
-def real_path(path: str) -> str:
-    """The name under which claims on `path` are kept: the path without symbolic links, or "device:MAJOR:MINOR"."""
+def thing_of(layer: DiskSource) -> str:
+    """The name under which claims on what is behind a layer are kept."""
+    return real_path(layer.path, layer.identity)
+
+
+def real_path(path: str, identity: str = "") -> str:
+    """The name under which claims on `path` are kept: the path without symbolic links, or "device:MAJOR:MINOR". A LUN
+    goes by what it calls itself, whichever way it is reached, or, without such a name, by target and number."""
+    if identity:
+        return f"lun:{identity}"
+    scheme, mark, rest = path.partition("://")
+    if mark:
+        return f"{scheme}://{rest.partition('/')[2]}" if scheme == "iscsi" else path
     real = os.path.realpath(path)
     try:
         found = os.stat(real)
@@ -71,7 +82,7 @@ class ClaimBook:
             for layer in disk.source.layers():
                 if layer.kind is SourceKind.EMPTY:
                     continue
-                path = real_path(layer.path) if layer.local else layer.path
+                path = thing_of(layer)
                 write = disk.writes and layer is disk.source
                 claim = Claim(path=path, vm=vm, disk=disk.id, write=write, generation=generation)
                 wanted.setdefault(path, []).append((claim, f"{layer.kind} {layer.path}"))
@@ -130,18 +141,18 @@ class ClaimBook:
             return
         raise _lost(vm)
 
-    async def on(self, path: str) -> tuple[Claim, ...]:
-        """The claims on the file or device with that name."""
-        return (await self._held(real_path(path))).claims
+    async def on(self, path: str, identity: str = "") -> tuple[Claim, ...]:
+        """The claims on the file, device or LUN with that name."""
+        return (await self._held(real_path(path, identity))).claims
 
     async def of(self, vm: str) -> tuple[Claim, ...]:
         """The claims of a VM, ordered by path."""
         listed, _ = await self._listed(vm)
         return tuple([c for path in sorted(listed) for c in (await self._held(path)).claims if c.vm == vm])
 
-    async def plan_keep(self, path: str) -> Transaction:
+    async def plan_keep(self, path: str, identity: str = "") -> Transaction:
         """The transaction that takes a thing away from everybody, for deleting it. InUse names a holder."""
-        thing = await self._held(real_path(path))
+        thing = await self._held(real_path(path, identity))
         keeper = Claim(path=thing.path, vm=KEEPER, disk="", write=True, generation=0)
         if thing.claims != (keeper,):
             self.refuse(thing.claims, f"volume {path}")

@@ -170,6 +170,12 @@ def leftovers(path: str) -> Sequence[Path]:
         return []
 
 
+def part_prefix(path: str) -> str:
+    """How the paths of temporary files of `path` begin."""
+    final = Path(path)
+    return str(final.with_name(_mark(final)))
+
+
 def _mark(final: Path) -> str:
     """How temporary names of `final` begin. A digest, since the name itself may be as long as names can be."""
     return f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}."

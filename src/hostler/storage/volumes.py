@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from hostler.model.base import utc_now
-from hostler.model.disk import ImageFormat
+from hostler.model.disk import ImageFormat, SourceKind
 from hostler.model.errors import BadImage, Busy, HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.limits import Limits
 from hostler.model.names import check_name
@@ -55,13 +55,19 @@ class VolumeService:
     # making
 
     async def create(
-        self, name: str, size: int, format: ImageFormat = ImageFormat.QCOW2, path: str | None = None
+        self,
+        name: str,
+        size: int,
+        format: ImageFormat = ImageFormat.QCOW2,
+        path: str | None = None,
+        pool: str = "",
     ) -> Volume:
-        """A new empty volume of exactly `size` bytes. InvalidInput, LimitExceeded, AlreadyExists, NoSpace, NotFound
-        (the directory), NotPermitted; nothing is left of it on failure or cancellation."""
+        """A new empty volume of exactly `size` bytes, recorded as one of `pool`. InvalidInput, LimitExceeded,
+        AlreadyExists, NoSpace, NotFound (the directory), NotPermitted; nothing is left of it on failure or
+        cancellation."""
         target = self._check(name, size, format, path)
         async with AsyncExitStack() as undo:
-            row = await self._begin(undo, name, size, format, target)
+            row = await self._begin(undo, name, size, format, target, pool)
             await self._image.create(target, format, size)
             undo.callback(_remove, target)
             return await self._complete(undo, row)
@@ -75,6 +81,7 @@ class VolumeService:
         path: str | None = None,
         source_format: ImageFormat | None = None,
         on_progress: OnProgress | None = None,
+        pool: str = "",
     ) -> Volume:
         """A new volume with the content of the image or volume `source`, converted to `format` (None: its own) and made
         larger where `size` is above its size. Errors as `create`, and BadImage, InUse about the source."""
@@ -91,7 +98,7 @@ class VolumeService:
         size += -size % SECTOR
         target = self._check(name, size, format, path)
         async with AsyncExitStack() as undo:
-            row = await self._begin(undo, name, size, format, target)
+            row = await self._begin(undo, name, size, format, target, pool)
             await self._image.convert(known, shape.format, target, format, size, on_progress)
             undo.callback(_remove, target)
             return await self._complete(undo, row)
@@ -106,7 +113,23 @@ class VolumeService:
         await whole(self._catalogue.add(volume), self._forget)
         return volume
 
+    async def add(self, volume: Volume) -> Volume:
+        """Record a volume whose image or LUN is there already. AlreadyExists, InvalidInput."""
+        check_name("volume", volume.name)
+        known = volume.but(created=utc_now())
+        await whole(self._catalogue.add(known), self._forget)
+        return known
+
+    async def amend(self, name: str, **changes: object) -> Volume:
+        """Change fields of a record other than its name and path. NotFound, Busy."""
+        row = await self._catalogue.get(name)
+        return (await self._catalogue.change(row, row.value.but(**changes))).value
+
     # looking
+
+    async def records(self) -> Sequence[Volume]:
+        """Every volume as it is on record; no file is looked at."""
+        return [row.value for row in await self._catalogue.rows()]
 
     async def inspect(self, path: str, format: ImageFormat | None = None) -> Volume:
         """Look closely at an image file, known or not, in use or not. For a known volume the recorded format holds,
@@ -149,7 +172,8 @@ class VolumeService:
                     raise Busy(f"volume {row.id}", "is being created", "wait for that, or cancel it")
                 await self._finish_create(row)  # nobody makes it any more: its undoing has failed
                 continue
-            keep = await self._claims.plan_keep(row.value.path)
+            keep_file = keep_file or row.value.kind is not SourceKind.VOLUME  # a LUN is not ours to remove
+            keep = await self._claims.plan_keep(row.value.path, row.value.identity)
             plan = self._plan_delete(row, keep, keep_file)
             try:
                 revision = await self._store.commit(plan)
@@ -191,9 +215,19 @@ class VolumeService:
             raise InvalidInput(subject, "its file name would have more than 255 bytes", "choose a shorter name or path")
         return target
 
-    async def _begin(self, undo: AsyncExitStack, name: str, size: int, format: ImageFormat, path: str) -> Row[Volume]:
+    async def _begin(
+        self, undo: AsyncExitStack, name: str, size: int, format: ImageFormat, path: str, pool: str
+    ) -> Row[Volume]:
         """Write the record, and see to it that it goes when the work fails."""
-        volume = Volume(name=name, path=path, format=format, size=size, state=VolumeState.CREATING, created=utc_now())
+        volume = Volume(
+            name=name,
+            path=path,
+            format=format,
+            size=size,
+            pool=pool,
+            state=VolumeState.CREATING,
+            created=utc_now(),
+        )
         self._making.append(name)
         undo.callback(self._making.remove, name)
         row = await whole(self._catalogue.add(volume), self._forget)
@@ -277,8 +311,8 @@ class VolumeService:
 
 
 def _observe(volume: Volume) -> Volume:
-    """What a recorded volume is now, from a quick look at its file."""
-    if volume.state is not VolumeState.READY:
+    """What a recorded volume is now, from a quick look at its file. (LUNs and exports are looked at by their pool.)"""
+    if volume.state is not VolumeState.READY or volume.kind is not SourceKind.VOLUME:
         return volume
     try:
         shape = recognise(volume.path, volume.format)

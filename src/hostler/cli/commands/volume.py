@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hostler.cli import options, output, parsing, views
+from hostler.cli import completing, options, output, parsing, views
 from hostler.cli.lazy import Command, LazyGroup
 from hostler.cli.settings import Settings
 from hostler.cli.waiting import run_job
@@ -12,7 +12,10 @@ from hostler.client import calls
 
 NAMES = ("list", "show", "create", "import", "register", "inspect", "delete")
 FORMAT = click.option("--format", type=click.Choice(parsing.FORMATS), help="Format of the volume [qcow2].")
-WHERE = click.option("--path", metavar="PATH", help="Where its file goes (default: the host's volume directory).")
+WHERE = click.option("--path", metavar="PATH", help="Where its file goes (default: into the pool).")
+POOL = click.option(
+    "--pool", metavar="POOL", shell_complete=completing.pool_names, help="Pool to make it in [default]."
+)
 
 
 @click.group("volume", cls=LazyGroup, lazy={name: f"volume:{name}_" for name in NAMES})
@@ -21,10 +24,11 @@ def group() -> None:
 
 
 @click.command("list", cls=Command)
+@click.option("--pool", metavar="POOL", shell_complete=completing.pool_names, help="Only those in this pool.")
 @click.pass_obj
-def list_(settings: Settings) -> None:
+def list_(settings: Settings, pool: str | None) -> None:
     """List the volumes of the host."""
-    output.show(settings, settings.client.raw(calls.volumes()), views.volumes)
+    output.show(settings, settings.client.raw(calls.volumes(pool)), views.volumes)
 
 
 @click.command("show", cls=Command)
@@ -40,14 +44,19 @@ def show_(settings: Settings, volume: str) -> None:
 @click.argument("size", type=parsing.SIZE)
 @FORMAT
 @WHERE
+@POOL
 @options.WAIT
 @click.pass_obj
-def create_(settings: Settings, name: str, size: int, format: str | None, path: str | None, wait: bool) -> int:
+def create_(
+    settings: Settings, name: str, size: int, format: str | None, path: str | None, pool: str | None, wait: bool
+) -> int:
     """Make an empty volume: hostler volume create data 20G --format vhdx"""
     from hostler.model.requests import VolumeCreate  # noqa: PLC0415 - pydantic only when it is needed
 
     place = path and parsing.absolute(path)
-    request = parsing.request(VolumeCreate, f"volume {name!r}", name=name, size=size, format=format, path=place)
+    request = parsing.request(
+        VolumeCreate, f"volume {name!r}", name=name, size=size, format=format, path=place, pool=pool
+    )
     return run_job(settings, calls.volume_create(request), wait=wait, done=f"volume {name} is made")
 
 
@@ -58,6 +67,7 @@ def create_(settings: Settings, name: str, size: int, format: str | None, path: 
 @click.option("--size", type=parsing.SIZE, metavar="SIZE", help="Make it larger than the image.")
 @FORMAT
 @WHERE
+@POOL
 @options.WAIT
 @click.pass_obj
 def import_(
@@ -68,6 +78,7 @@ def import_(
     size: int | None,
     format: str | None,
     path: str | None,
+    pool: str | None,
     wait: bool,
 ) -> int:
     """Copy an image into a new volume, converting it. The image stays as it is."""
@@ -82,6 +93,7 @@ def import_(
         size=size,
         format=format,
         path=path and parsing.absolute(path),
+        pool=pool,
     )
     return run_job(settings, calls.volume_create(request), wait=wait, done=f"volume {name} is made from {source}")
 

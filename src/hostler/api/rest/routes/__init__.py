@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from hostler.api.rest.routes import consoles, devices, events, hosts, jobs, peers, tokens, vms, volumes
+from hostler.api.rest.routes import consoles, devices, events, hosts, jobs, peers, pools, tokens, vms, volumes
 
 ROUTERS: tuple[APIRouter, ...] = (
     hosts.router,
@@ -12,6 +12,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     devices.router,
     consoles.router,
     volumes.router,
+    pools.router,
     jobs.router,
     events.router,
     tokens.router,

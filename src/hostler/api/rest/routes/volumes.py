@@ -21,9 +21,11 @@ VolumeRef = Annotated[str, Path(max_length=300, description="Name of a volume")]
 
 
 @router.get("/volumes")
-async def list_volumes(app: App) -> list[Volume]:
+async def list_volumes(
+    app: App, pool: Annotated[str | None, Query(max_length=100, description="Only those in this pool")] = None
+) -> list[Volume]:
     """All volumes known to this host."""
-    return list(await app.volumes.list())
+    return list(await app.volumes.list(pool))
 
 
 @router.post("/volumes", responses=JOB_ANSWERS)

@@ -1,0 +1,1 @@
+"""Pools of volumes: one contract (`contract.PoolDriver`), one driver for each kind."""
