@@ -289,3 +289,107 @@ async def test_a_job_ends_with_qemu(host: Host) -> None:
     with pytest.raises(QemuFailed) as caught:
         await asyncio.wait_for(watching, WAIT)
     assert caught.value.details["gone"] is True
+
+
+async def test_bitmaps_over_layers(host: Host) -> None:
+    disk = await host.disk(2)
+    machine = await host.start(disk)
+    blocks = machine.blocks
+    assert await blocks.bitmaps(disk) == {}
+    for _ in range(2):
+        await blocks.add_bitmaps([disk], "day")
+    assert list(await blocks.bitmaps(disk)) == ["day"]
+    higher = await host.on_top(disk)
+    await blocks.push([higher], {"data": ["day"]})
+    await blocks.add_bitmaps([higher], "hour")
+    machine = await host.adopt(machine)
+    blocks = machine.blocks
+    assert sorted(await blocks.bitmaps(higher)) == ["day", "hour"]
+    cut = await host.on_top(higher)
+    await blocks.push([cut], {"data": ["hour"]})
+    assert sorted(await blocks.bitmaps(cut)) == ["hour"]
+    for _ in range(2):
+        await blocks.drop_bitmaps([cut], "hour")
+    assert await blocks.bitmaps(cut) == {}
+    await blocks.add_bitmaps([cut], "day")
+    assert list(await blocks.bitmaps(cut)) == ["day"]
+
+
+@pytest.mark.parametrize("how", ["commit the top", "commit below", "stream"])
+async def test_bitmaps_outlive_a_merge(host: Host, how: str) -> None:
+    low = await host.disk(2)
+    machine = await host.start(low)
+    blocks = machine.blocks
+    await blocks.add_bitmaps([low], "day")
+    disk = await host.on_top(low)
+    await blocks.push([disk], {"data": ["day"]})
+    chain = list(disk.source.layers())
+    if how == "stream":
+        await blocks.stream("merge", disk)
+        left = chain[0].but(backing=None)
+    elif how == "commit below":
+        await blocks.commit("merge", disk, chain[1], chain[2])
+        left = chain[0].but(backing=chain[2])
+    else:
+        await blocks.commit("merge", disk, chain[0], chain[2])
+        left = chain[2]
+        await blocks.watch("merge", until_ready=True)
+        await machine.stop()
+        await blocks.finish("merge")
+    await blocks.watch("merge")
+    await blocks.forget("merge")
+    assert list(await blocks.bitmaps(disk.but(source=left))) == ["day"]
+
+
+async def test_bitmaps_outlive_a_mirror(host: Host) -> None:
+    disk = await host.disk(2)
+    machine = await host.start(disk)
+    blocks = machine.blocks
+    await blocks.add_bitmaps([disk], "day")
+    target = await host.source()
+    await blocks.mirror("move", disk, target)
+    await blocks.watch("move", until_ready=True)
+    await machine.stop()
+    for _ in range(2):
+        await blocks.keep_bitmaps(disk, target)
+    await blocks.finish("move")
+    await machine.run()
+    await blocks.forget("move")
+    assert list(await blocks.bitmaps(disk.but(source=target))) == ["day"]
+
+
+async def test_backups(host: Host) -> None:
+    one, two = await host.disk(2), await host.disk(unit=1, name="other")
+    machine = await host.start(one, two)
+    blocks, both, jobs = machine.blocks, (one, two), {"data": "copy-a", "other": "copy-b"}
+    targets = {disk.id: await host.source() for disk in both}
+    with pytest.raises(NotFound):
+        await blocks.backup(jobs, both, targets, bitmap="day")
+    for _ in range(2):
+        await blocks.backup(jobs, both, targets, fresh="day")
+    for job in jobs.values():
+        assert (await blocks.watch(job)).kind == "backup"
+        await blocks.forget(job)
+    for fresh in ("day", "night"):
+        targets = {disk.id: await host.source() for disk in both}
+        await blocks.backup(jobs, both, targets, bitmap="day", fresh=fresh)
+        for job in jobs.values():
+            await blocks.watch(job)
+            await blocks.forget(job)
+        for disk in both:
+            assert fresh in await blocks.bitmaps(disk)
+            assert not any("copy" in name for name in await blocks.bitmaps(disk))
+    assert await blocks.layers() == {disk.id: nodes(disk) for disk in both}
+    other = await host.start(one.but(source=targets["data"]), place="b")  # it is closed
+    await other.quit()
+
+
+async def test_a_backup_is_begun_for_all_or_none(host: Host) -> None:
+    one, two = await host.disk(), await host.disk(unit=1, name="other")
+    machine = await host.start(one, two)
+    jobs = {"data": "copy-a", "other": "copy-b"}
+    targets = {"data": await host.source(), "other": DiskSource(path="/none/x", node="x", format=QCOW2)}
+    with pytest.raises(NotFound):
+        await machine.blocks.backup(jobs, (one, two), targets)
+    assert [await machine.blocks.job(job) for job in jobs.values()] == [None, None]
+    await machine.blocks.push([await host.on_top(one)])

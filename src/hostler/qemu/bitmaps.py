@@ -78,11 +78,12 @@ def _marked(disk: Disk, parts: Sequence[tuple[str, str]], nodes: Nodes) -> int:
     return min(sum(counts), disk.source.size or sum(counts))
 
 
-def fresh_actions(disk: Disk, name: str, nodes: Nodes) -> list[block.Action]:
-    """Begin that bitmap at the top layer; one of that name there, which is of no use any more, goes."""
+def fresh_action(disk: Disk, name: str, nodes: Nodes) -> block.Action:
+    """Begin that bitmap at the top layer: one of that name there begins anew."""
     top = blockdev.node_name(disk)
-    actions = [block.bitmap_remove_action(top, name)] if _find(nodes.get(top), name) is not None else []
-    return [*actions, block.bitmap_add_action(top, name, persistent=_kept(disk.source))]
+    if _find(nodes.get(top), name) is not None:
+        return block.bitmap_clear_action(top, name)
+    return block.bitmap_add_action(top, name, persistent=_kept(disk.source))
 
 
 def _kept(layer: DiskSource) -> bool:
@@ -90,20 +91,19 @@ def _kept(layer: DiskSource) -> bool:
 
 
 async def add(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str) -> None:
-    """See `Blocks.add_bitmaps`. Harmless for disks where it is known already."""
+    """See `Blocks.add_bitmaps`. What is left of one that is known no more goes first."""
     nodes = await block.block_nodes(qmp)
     new = [disk for disk in disks if name not in _whole(disk, nodes)]
     await drop(qmp, aio, new, name)
-    nodes = await block.block_nodes(qmp)
     if new:
-        await block.transaction(qmp, [action for disk in new for action in fresh_actions(disk, name, nodes)])
+        await block.transaction(qmp, [fresh_action(disk, name, {}) for disk in new])
 
 
-async def drop(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str) -> None:
+async def drop(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str, *, but_the_top_one: bool = False) -> None:
     """See `Blocks.drop_bitmaps`. Lower layers are opened for writing meanwhile, where the image holds it."""
     nodes = await block.block_nodes(qmp)
     for disk in disks:
-        for layer in disk.source.layers():
+        for layer in list(disk.source.layers())[1 if but_the_top_one else 0 :]:
             node = blockdev.layer_node(disk, layer)
             if _find(nodes.get(node), name) is not None:
                 await _remove(qmp, aio, disk, layer, name)

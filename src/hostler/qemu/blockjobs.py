@@ -167,6 +167,8 @@ async def backup(
     there = await block.query_jobs(qmp)
     if all(job in there for job in jobs.values()):
         return
+    if fresh is not None and fresh != bitmap:
+        await bitmaps.drop(qmp, aio, disks, fresh)
     copies = {disk.id: _written(disk, targets[disk.id]) for disk in disks}
     actions = await _backup_actions(qmp, jobs, disks, copies, bitmap, fresh, speed)
     added: list[str] = []
@@ -180,6 +182,10 @@ async def backup(
         if isinstance(error, QemuFailed):
             raise layers.explained(disks[0], targets[disks[0].id], error) from error
         raise
+    if fresh is not None:
+        # Lower layers still hold the marks of before. Left there they would only make the next copy larger.
+        with suppress(HostlerError):
+            await bitmaps.drop(qmp, aio, disks, fresh, but_the_top_one=True)
 
 
 async def _backup_actions(
@@ -216,7 +222,7 @@ async def _backup_actions(
             ]
             options |= {"sync": "bitmap", "bitmap": working, "bitmap-mode": "never"}
         if fresh is not None:
-            actions += bitmaps.fresh_actions(disk, fresh, nodes)
+            actions.append(bitmaps.fresh_action(disk, fresh, nodes))
         actions.append(block.backup_action(options))
     return actions
 

@@ -148,6 +148,11 @@ def bitmap_merge_action(node: str, target: str, sources: Sequence[tuple[str, str
     return {"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": target, "bitmaps": bitmaps}}
 
 
+def bitmap_clear_action(node: str, name: str) -> Action:
+    """Let a bitmap begin anew."""
+    return {"type": "block-dirty-bitmap-clear", "data": {"node": node, "name": name}}
+
+
 def bitmap_remove_action(node: str, name: str) -> Action:
     """Remove a bitmap, from its image as well."""
     return {"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": name}}

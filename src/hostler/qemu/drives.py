@@ -37,7 +37,12 @@ async def resize(qmp: QmpSession, disk: Disk, size: int) -> None:
 
 async def limit(qmp: QmpSession, disk_id: str, limits: IoLimits) -> None:
     """See `Blocks.limit`."""
-    await block.block_set_io_throttle(qmp, throttle_options(blockdev.DEVICE_PREFIX + disk_id, limits))
+    try:
+        await block.block_set_io_throttle(qmp, throttle_options(blockdev.DEVICE_PREFIX + disk_id, limits))
+    except QemuFailed as error:
+        if error.details.get("error_class") == "DeviceNotFound" or "not found" in error.cause:
+            raise NotFound(f"disk {disk_id}", "the VM has no such disk", "attach it first") from error
+        raise
 
 
 def throttle_options(device: str, limits: IoLimits) -> Options:

@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack, suppress
 from hostler.model.disk import Bus, Disk, SourceKind
 from hostler.model.errors import AlreadyExists, Busy, GuestRefused, HostlerError, QemuFailed, TimedOut, WrongState
 from hostler.model.machine import MachineEvent
-from hostler.qemu import blockdev, commands
+from hostler.qemu import blockdev, commands, drives
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.failures import image_error
@@ -44,7 +44,23 @@ async def attach_disk(qmp: QmpSession, disk: Disk, export: str | None = None, ai
     if disk.source.kind is SourceKind.EMPTY:
         if blockdev.device_id(disk) not in await commands.peripherals(qmp):
             await _add_device(qmp, disk)
+    else:
+        await _attach_with_image(qmp, disk, export, aio)
+    await _limit(qmp, disk)
+
+
+async def _limit(qmp: QmpSession, disk: Disk) -> None:
+    """A disk that cannot be limited as it should be is none."""
+    if disk.limits.unlimited:
         return
+    try:
+        await drives.limit(qmp, disk.id, disk.limits)
+    except BaseException:
+        await _remove_quietly(qmp, disk)
+        raise
+
+
+async def _attach_with_image(qmp: QmpSession, disk: Disk, export: str | None, aio: Aio) -> None:
     async with AsyncExitStack() as undo:
         undo.push_async_callback(_drop_node, qmp, disk)
         if not await _both_at_once(qmp, disk, export, aio) and await _make_node(qmp, disk, export, aio):

@@ -23,7 +23,7 @@ from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, Run
 from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.model.nic import Network
 from hostler.model.vm import Process, VmConfig
-from hostler.qemu import cgroup, commands, hotplug, process, psk, saved, survivors, swtpm
+from hostler.qemu import cgroup, commands, drives, hotplug, process, psk, saved, survivors, swtpm
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.blocks import QemuBlocks
 from hostler.qemu.cmdline import aio_for, nic_device_id
@@ -213,6 +213,7 @@ class QemuHypervisor:
         try:
             qmp = await _connect(name, started, START_DEADLINE)
             await _unplug_cables(qmp, spec.config)
+            await _limit_disks(qmp, spec.config)
             return QemuMachine(spec.config.id, name, started, qmp, aio_for(self._facts), incoming=spec.incoming)
         except QemuFailed as error:
             await _clear(spec.config.id, started)
@@ -268,6 +269,13 @@ async def _unplug_cables(qmp: QmpSession, config: VmConfig) -> None:
     for nic in config.nics:
         if nic.network is Network.NONE:
             await commands.set_link(qmp, nic_device_id(nic), up=False)
+
+
+async def _limit_disks(qmp: QmpSession, config: VmConfig) -> None:
+    """Limits belong to QEMU's back end: neither a command line nor a migration stream brings them."""
+    for disk in config.disks:
+        if not disk.limits.unlimited:
+            await drives.limit(qmp, disk.id, disk.limits)
 
 
 async def _clear(vm_id: str, found: Process) -> None:

@@ -133,6 +133,14 @@ class DiskCalls:
             if disk.get("serial") == serial:
                 return GuestDisk.model_validate(disk)
 
+    async def hold(self, disk: str) -> int:
+        """Keep a disk open, as if it were mounted; its size in bytes. A CD drive's door is locked then."""
+        return int(str(_fields(await self.link.request("hold", disk))["size"]))
+
+    async def release(self) -> None:
+        """Let the held disk go."""
+        await self.link.request("release")
+
     async def write(self, disk: str, seed: int, size: int, offset: int = 0, deadline: float = 60.0) -> None:
         """Fill `size` bytes at `offset` (multiples of 512) of a disk (name or serial number) and flush it."""
         await self.link.request("write", disk, seed, size, offset, deadline=deadline)

@@ -97,6 +97,13 @@ class SimulatedBlocks:
         if job in self._qemu.jobs:
             return
         check_commit(disk, top, base)
+        chain = list(disk.source.layers())
+        first, last = (next(i for i, layer in enumerate(chain) if layer.node == end.node) for end in (top, base))
+        merged = {
+            n for layer in chain[first:last] for n in self._qemu.bitmaps.get(blockdev.layer_node(disk, layer), ())
+        }
+        into = self._qemu.bitmaps.setdefault(blockdev.layer_node(disk, base), set())
+        into.update(merged & _whole(self._qemu, disk))
         active = top.node == disk.source.node
         _begin(
             self._qemu,
@@ -216,7 +223,7 @@ class SimulatedBlocks:
         """Remember it."""
         await self._enter("limit")
         if disk_id not in self._qemu.disks:
-            raise QemuFailed(self._qemu.name, f"QEMU refused block_set_io_throttle: Device 'disk-{disk_id}' not found")
+            raise NotFound(f"disk {disk_id}", "the VM has no such disk", "attach it first")
         self._qemu.disks[disk_id] = self._qemu.disks[disk_id].but(limits=limits)
 
     async def change_medium(self, disk: Disk, export: str | None = None, force: bool = False) -> None:

@@ -1,5 +1,6 @@
 /* A small guest agent on the port org.qemu.guest_agent.0: enough of QEMU's guest agent protocol (docs/interop/qemu-ga-ref)
- * for a real client: sync, ping, info, osinfo, shutdown. */
+ * for a real client: sync, ping, info, osinfo, shutdown, and freezing. This guest has no file systems; what stands still
+ * while it is frozen is the journal. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -10,13 +11,16 @@
 #include "guest.h"
 
 #define PORT_NAME "org.qemu.guest_agent.0"
-#define COMMANDS_INFO                                                                                                  \
+#define COMMANDS_INFO                                                                                                 \
     "{\"return\":{\"version\":\"7.2.0\",\"supported_commands\":["                                                     \
     "{\"name\":\"guest-sync-delimited\",\"enabled\":true,\"success-response\":true},"                                 \
     "{\"name\":\"guest-sync\",\"enabled\":true,\"success-response\":true},"                                           \
     "{\"name\":\"guest-ping\",\"enabled\":true,\"success-response\":true},"                                           \
     "{\"name\":\"guest-info\",\"enabled\":true,\"success-response\":true},"                                           \
     "{\"name\":\"guest-get-osinfo\",\"enabled\":true,\"success-response\":true},"                                     \
+    "{\"name\":\"guest-fsfreeze-status\",\"enabled\":true,\"success-response\":true},"                                \
+    "{\"name\":\"guest-fsfreeze-freeze\",\"enabled\":true,\"success-response\":true},"                                \
+    "{\"name\":\"guest-fsfreeze-thaw\",\"enabled\":true,\"success-response\":true},"                                  \
     "{\"name\":\"guest-shutdown\",\"enabled\":true,\"success-response\":false}]}}"
 
 static void reply(int port, const char *text) {
@@ -53,6 +57,21 @@ static void shut_down(const char *message) {
     power_off("guest agent");
 }
 
+static bool frozen;
+
+static void freeze(int port, bool wanted) {
+    char line[40];
+    if (wanted != frozen)
+        journal_freeze(wanted);
+    snprintf(line, sizeof line, "{\"return\":%d}", wanted != frozen);
+    frozen = wanted;
+    reply(port, line);
+}
+
+static void tell_frozen(int port) {
+    reply(port, frozen ? "{\"return\":\"frozen\"}" : "{\"return\":\"thawed\"}");
+}
+
 static void obey(int port, const char *message) {
     const char *command = value_of(message, "execute");
     if (is_text(command, "guest-sync-delimited"))
@@ -65,6 +84,12 @@ static void obey(int port, const char *message) {
         reply(port, COMMANDS_INFO);
     else if (is_text(command, "guest-get-osinfo"))
         reply(port, "{\"return\":{\"id\":\"hostler-micro-guest\",\"name\":\"Hostler micro guest\"}}");
+    else if (is_text(command, "guest-fsfreeze-status"))
+        tell_frozen(port);
+    else if (is_text(command, "guest-fsfreeze-freeze"))
+        freeze(port, true);
+    else if (is_text(command, "guest-fsfreeze-thaw"))
+        freeze(port, false);
     else if (is_text(command, "guest-shutdown"))
         shut_down(message);
     else if (*command)

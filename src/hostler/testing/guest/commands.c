@@ -38,6 +38,8 @@ static const struct command commands[] = {
     {"mem", 0, 0, false, cmd_mem},
     {"look", 1, 1, false, cmd_look},
     {"disks", 0, 0, false, cmd_disks},
+    {"hold", 1, 1, false, cmd_hold},
+    {"release", 0, 0, false, cmd_release},
     {"write", 3, 4, true, cmd_write},
     {"verify", 3, 4, true, cmd_verify},
     {"pattern-start", 2, 4, false, cmd_pattern_start},

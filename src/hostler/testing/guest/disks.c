@@ -141,6 +141,26 @@ int disk_open(const struct request *request, const char *wanted, int flags, uint
     return fd;
 }
 
+/* A disk that is held open, as if it were mounted: the kernel then locks the door of a CD drive. */
+static int held = -1;
+
+void cmd_release(const struct request *request) {
+    if (held >= 0)
+        close(held);
+    held = -1;
+    answer(request, "{}");
+}
+
+void cmd_hold(const struct request *request) {
+    uint64_t bytes;
+    int fd = held < 0 ? disk_open(request, request->argv[1], O_RDONLY, &bytes) : -1;
+    if (held >= 0)
+        refuse(request, "a disk is held already");
+    else if (fd >= 0)
+        answer(request, "{\"size\":%llu}", (unsigned long long)bytes);
+    held = held < 0 ? fd : held;
+}
+
 static const char *field(const char *message, size_t length, const char *key) {
     for (const char *at = message; at < message + length; at += strlen(at) + 1)
         if (strncmp(at, key, strlen(key)) == 0)

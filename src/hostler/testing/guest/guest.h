@@ -52,6 +52,8 @@ bool disk_find(const char *wanted, char *name, size_t size);
 int disk_open(const struct request *request, const char *wanted, int flags, uint64_t *bytes);
 void disks_watch(void);
 void cmd_disks(const struct request *request);
+void cmd_hold(const struct request *request);
+void cmd_release(const struct request *request);
 
 /* pattern.c */
 void cmd_write(const struct request *request);
@@ -63,6 +65,7 @@ void cmd_pattern_stop(const struct request *request);
 void cmd_pattern_status(const struct request *request);
 void cmd_pattern_verify(const struct request *request);
 uint64_t journal_stop(void);
+void journal_freeze(bool frozen);
 
 /* load.c */
 void cmd_dirty(const struct request *request);

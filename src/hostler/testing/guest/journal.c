@@ -66,6 +66,16 @@ static int write_block(uint64_t *buffer, uint64_t number) {
     return 0;
 }
 
+/* Held while a block is written, and by who has frozen the guest: nothing is on its way to the disk then. */
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+
+void journal_freeze(bool frozen) {
+    if (frozen)
+        pthread_mutex_lock(&gate);
+    else
+        pthread_mutex_unlock(&gate);
+}
+
 static bool told_to_stop(void) {
     pthread_mutex_lock(&guard);
     bool stop = journal.stop;
@@ -76,7 +86,9 @@ static bool told_to_stop(void) {
 static void *write_on(void *argument) {
     uint64_t *buffer = argument, next_report = now_ns();
     for (uint64_t number = 1; !told_to_stop(); number++) {
+        pthread_mutex_lock(&gate);
         int error = write_block(buffer, number);
+        pthread_mutex_unlock(&gate);
         pthread_mutex_lock(&guard);
         journal.error = error;
         if (!error)
