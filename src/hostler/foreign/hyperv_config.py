@@ -68,7 +68,8 @@ _NOISE = re.compile(
     r"|priority|pool_?id|poolid|iops_\w+|persistent_reservations_supported|address|clustermonitored|targetvtl)$"
     r"|/metrics/|/feature_|/features/|/topology/|/vnuma/|/owner/|/base_board/|/chassis/|/manifest/|/rtcdevice/"
     r"|_time$|/bios_guid$|/bios_serial_number$|/num_lock$|/authorizationscope$|/chimneyoffloadweight$|/portname$"
-    r"|/preventipspoofing$|/testreplica\w+$|/generation_id$|/highly_available$|/type_id$|/vhd_path_acled$",
+    r"|/preventipspoofing$|/testreplica\w+$|/generation_id$|/highly_available$|/type_id$|/vhd_path_acled$|/altportname$|/switchname$|/host_shutdown/|/snapshots/list/|/unexpected_termination/"
+    r"|/savedstate/|/global_id$|/logical_id$|/data_root$|/last_powered_\w+$|/disk_merge_pending$|/limit_cpuid$",
     re.IGNORECASE,
 )
 """Leaves that say how Hyper-V runs or measures it, not what the machine is."""
@@ -93,8 +94,8 @@ def machine_of(root: Section, kind: ForeignKind, fallback_name: str) -> ForeignM
     """The machine that a configuration describes. `fallback_name`: for one without a name."""
     devices = _devices(root)
     bios = root.section(f"_{BIOS}_")
-    subtype = root.number("properties/subtype")
-    generation = 2 if subtype == 1 else 1
+    generation = 2 if root.number("properties/subtype") == 1 else 1
+    secure = bios.flag("secure_boot_enabled")
     memory = root.number("settings/memory/bank/size") or 0
     dynamic = root.flag("settings/memory/bank/dynamic_memory_enabled")
     most = root.number("settings/memory/bank/limit")
@@ -108,7 +109,7 @@ def machine_of(root: Section, kind: ForeignKind, fallback_name: str) -> ForeignM
         memory_maximum=most * MiB if dynamic and most and most > 0 else None,
         generation=generation,
         firmware=Firmware.UEFI if generation == 2 else Firmware.BIOS,
-        secure_boot=generation == 2 and bios.flag("secure_boot_enabled"),
+        secure_boot=generation == 2 and secure,
         tpm=devices.tpm,
         boot_order=tuple(text for n in range(8) if (text := bios.text(f"boot/device{n}"))),
         notes=root.text("properties/notes")[:16_384],
@@ -139,13 +140,8 @@ def snapshot_of(root: Section, fallback_id: str) -> ForeignSnapshot:
 def _devices(root: Section) -> _Devices:
     found = _Devices()
     for device, section, name in _instances(root):
-        if device == IDE:
-            found.disks += _drives(section, ForeignBus.IDE, 0)
-        elif device == SCSI:
-            found.disks += _drives(section, ForeignBus.SCSI, found.scsi)
-            found.scsi += 1
-        elif device == FLOPPY:
-            found.disks += _drives(section, ForeignBus.FLOPPY, 0)
+        if device in (IDE, SCSI, FLOPPY):
+            _add_drives(found, device, section)
         elif device == SERIAL:
             found.com_ports += [section.text(f"port{n}/connection") for n in range(4) if _has(section, f"port{n}")]
         elif device in INTEGRATION:
@@ -158,6 +154,12 @@ def _devices(root: Section) -> _Devices:
         elif device not in PLUMBING and device != BIOS:
             found.strange.append(f"device {name or device} ({device})")
     return found
+
+
+def _add_drives(found: _Devices, device: str, section: Section) -> None:
+    bus = {IDE: ForeignBus.IDE, FLOPPY: ForeignBus.FLOPPY}.get(device, ForeignBus.SCSI)
+    found.disks += _drives(section, bus, found.scsi if device == SCSI else 0)
+    found.scsi += device == SCSI
 
 
 def _instances(root: Section) -> Iterator[tuple[str, Section, str]]:
@@ -199,8 +201,10 @@ def _drives(section: Section, bus: ForeignBus, first: int) -> Iterator[ForeignDi
 def _drive(drive: Section, bus: ForeignBus, controller: int, unit: int) -> ForeignDisk | None:
     kind = drive.text("type").upper()
     name = drive.text("pathname")
-    if kind in ("", "NONE") and not name:
+    if not name and (kind in ("", "NONE") or bus is ForeignBus.FLOPPY):
         return None
+    if bus is ForeignBus.FLOPPY:
+        return ForeignDisk(bus=bus, controller=controller, unit=unit, media=Media.FLOPPY, name=name)
     media = Media.CDROM if kind in ("ISO", "ATAPI", "DVD") or name.lower().endswith(".iso") else Media.DISK
     image = kind in ("VHD", "ISO", "VFD") or name.lower().endswith((".vhd", ".vhdx", ".avhd", ".avhdx", ".iso", ".vfd"))
     return ForeignDisk(

@@ -150,7 +150,7 @@ def _disks(mine: Sequence[_Instance]) -> Iterator[ForeignDisk]:
     images = {_reference(i.one("Parent")): i for i in mine if _role(i) == "image"}
     for drive in mine:
         role = _role(drive)
-        if role in ("disk", "cd", "floppy"):
+        if role in ("disk", "cd") or (role == "floppy" and _reference(drive.id) in images):
             yield _disk(drive, role, images.get(_reference(drive.id)), places.get(_reference(drive.one("Parent"))))
 
 
@@ -161,7 +161,7 @@ def _disk(drive: _Instance, role: str, image: _Instance | None, place: tuple[For
         bus=bus,
         controller=controller,
         unit=drive.number("Address"),
-        media=Media.CDROM if role == "cd" else Media.DISK,
+        media={"cd": Media.CDROM, "floppy": Media.FLOPPY}.get(role, Media.DISK),
         name=name,
         physical=image is None and bool(name),
     )

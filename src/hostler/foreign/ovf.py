@@ -188,15 +188,13 @@ def _drive(
         bus=bus,
         controller=order.index(parent) if parent is not None else 0,
         unit=item.number("AddressOnParent", 0),
-        media=Media.CDROM if item.type in (_CD, _DVD) else Media.DISK,
+        media={_CD: Media.CDROM, _DVD: Media.CDROM, _FLOPPY: Media.FLOPPY}.get(item.type, Media.DISK),
         name=name,
         size=size,
     )
 
 
-def _backing(
-    host: str, files: dict[str, OvfFile], disks: dict[str, tuple[str, int | None]]
-) -> tuple[str, int | None]:
+def _backing(host: str, files: dict[str, OvfFile], disks: dict[str, tuple[str, int | None]]) -> tuple[str, int | None]:
     """Name and size behind "ovf:/disk/ID" or "ovf:/file/ID"."""
     _, _, rest = host.partition(":")
     kind, _, ref = rest.strip("/").partition("/")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lxml import etree
-
 from hostler.foreign.errors import bad_description
 
 MAX_SIZE = 16 * 1024**2
@@ -43,6 +41,8 @@ def read_xml(data: bytes, path: str, bare_doctype: bool = False) -> Element:
         text = _BARE_DOCTYPE.sub("", text, count=1)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise bad_description(path, "declares a document type, which is not read from strangers", "remove it")
+    from lxml import etree  # noqa: PLC0415 - 6 MB that only a daemon which reads such a description has to carry
+
     parser = etree.XMLParser(
         resolve_entities=False,
         no_network=True,
@@ -88,13 +88,13 @@ def _bound(root: Element, path: str) -> None:
 
 def local(element: Element) -> str:
     """The name of an element without its namespace."""
-    return str(etree.QName(element).localname)
+    return str(element.tag).rpartition("}")[2]
 
 
 def attribute(element: Element, name: str) -> str | None:
     """An attribute by its name without namespace; OVF writers disagree about prefixes."""
     for key, value in element.attrib.items():
-        if etree.QName(key).localname == name:
+        if str(key).rpartition("}")[2] == name:
             return str(value)
     return None
 
