@@ -50,7 +50,7 @@ async def outcome(scenario: Scenario) -> dict[str, object]:
 
 async def test_every_kind_of_job_is_here(site: Site) -> None:
     node = await site.add("a")
-    kinds = {*OPERATIONS, node.application.migrations.operation.kind, "volume.create"}
+    kinds = {*OPERATIONS, node.application.migrations.operation.kind, "volume.create", "vm.import"}
     assert kinds == {s.kind for s in SCENARIOS}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+    from hostler.model.foreign import ImportReport
     from hostler.model.job import Job
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingStatus
@@ -79,6 +80,7 @@ VOLUMES: Answer[list[Volume]] = Model("volume", "Volume", many=True)
 POOL: Answer[PoolView] = Model("pool", "PoolView")
 POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)
 SCAN: Answer[ScanReport] = Model("pool", "ScanReport")
+IMPORT_REPORT: Answer[ImportReport] = Model("foreign", "ImportReport")
 JOB: Answer[Job] = Model("job", "Job")
 JOBS: Answer[list[Job]] = Model("job", "Job", many=True)
 HOST: Answer[HostView] = Model("views", "HostView")

@@ -15,6 +15,7 @@ from hostler.model.errors import InvalidInput
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.foreign import ImportReport
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         VolumeCreate,
         VolumeRegister,
     )
+    from hostler.model.transfer import ImportRequest
     from hostler.model.views import (
         Deleted,
         HostView,
@@ -228,6 +230,17 @@ def pool_delete(name: str, *, dry_run: bool = False) -> Call[Deleted]:
 
 def pool_scan(name: str, request: PoolScan) -> Call[ScanReport]:
     return Call("POST", f"/v1/pools/{url_part('pool', name)}/scan", answers.SCAN, body=request, wait=90.0)
+
+
+# machines from elsewhere
+
+
+def import_inspect(request: ImportRequest) -> Call[ImportReport]:
+    return Call("POST", "/v1/imports/inspect", answers.IMPORT_REPORT, body=request)
+
+
+def import_run(request: ImportRequest, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", "/v1/imports", answers.JOB, _query(wait), request, wait)
 
 
 # hosts

@@ -22,6 +22,7 @@ from hostler.client.target import Target, find_target
 from hostler.model.errors import Cancelled, InternalError, TimedOut
 
 if TYPE_CHECKING:
+    from hostler.model.foreign import ImportReport
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         VolumeCreate,
         VolumeRegister,
     )
+    from hostler.model.transfer import ImportRequest
     from hostler.model.views import (
         Deleted,
         Event,
@@ -182,6 +184,20 @@ class Pools:
         return self._send(calls.pool_scan(name, request))
 
 
+class Imports:
+    """Machines from elsewhere."""
+
+    def __init__(self, send: Sender) -> None:
+        self._send = send
+
+    def inspect(self, request: ImportRequest) -> ImportReport:
+        """What an import would do; nothing is changed."""
+        return self._send(calls.import_inspect(request))
+
+    def run(self, request: ImportRequest, *, wait: float = 0.0) -> Job:
+        return self._send(calls.import_run(request, wait=wait))
+
+
 class Hosts:
     """The host that answers, and its peers."""
 
@@ -261,6 +277,7 @@ class Client:
         self.vms = Vms(self.send)
         self.volumes = Volumes(self.send)
         self.pools = Pools(self.send)
+        self.imports = Imports(self.send)
         self.hosts = Hosts(self.send)
         self.jobs = Jobs(self.send)
         self.tokens = Tokens(self.send)

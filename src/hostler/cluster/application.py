@@ -18,6 +18,8 @@ from hostler.host.adoption import Adoption, autostart
 from hostler.host.context import Host
 from hostler.host.events import EventHub
 from hostler.host.hypervisor import Hypervisor
+from hostler.host.importing import KIND as IMPORT
+from hostler.host.importing import Imports
 from hostler.host.jobs import JobRunner
 from hostler.host.operations import OPERATIONS
 from hostler.host.paths import Paths
@@ -74,6 +76,7 @@ class Application:
     vms: VmService
     volumes: Volumes
     pools: Pools
+    imports: Imports
     jobs: JobRunner
     events: EventHub
     hosts: HostService
@@ -133,11 +136,14 @@ def build_application(parts: Parts) -> Application:
     migrations = MigrationService(host, peers)
     incoming = IncomingService(host, roster, peers, parts.migration_address, parts.hook)
     host.coming = incoming.coming
+    vms = VmService(host, roster)
+    imports = Imports(host, vms)
     return Application(
         host=host,
-        vms=VmService(host, roster),
+        vms=vms,
         volumes=host.volumes,
         pools=host.pools,
+        imports=imports,
         jobs=host.jobs,
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
@@ -145,7 +151,9 @@ def build_application(parts: Parts) -> Application:
         incoming=incoming,
         limits=host.limits,
         peers=peers,
-        adoption=Adoption(host, roster, {**OPERATIONS, migrations.operation.kind: migrations.operation}),
+        adoption=Adoption(
+            host, roster, {**OPERATIONS, migrations.operation.kind: migrations.operation}, {IMPORT: imports.recover}
+        ),
         roster=roster,
         volume_service=host.volumes.service,
         pool_watch=PoolWatch(host.pools, host.volumes.service, host.events),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -34,12 +34,20 @@ AUTOSTART_PATIENCE = 300.0
 
 
 class Adoption:
-    """Takes over what is there. `operations`: every kind of job on a VM, and how it is recovered."""
+    """Takes over what is there. `operations`: every kind of job on a VM, and how it is recovered; `recoveries`: by
+    kind, how a job is recovered that has no VM (yet)."""
 
-    def __init__(self, host: Host, roster: Roster, operations: dict[str, Operation]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        roster: Roster,
+        operations: dict[str, Operation],
+        recoveries: Mapping[str, Callable[[Job], Awaitable[None]]] | None = None,
+    ) -> None:
         self._host = host
         self._roster = roster
         self._operations = operations
+        self._recoveries = {"volume.create": host.volumes.recover, **(recoveries or {})}
         self._retrying: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -135,8 +143,9 @@ class Adoption:
 
     async def _recover_without_vm(self, job: Job) -> None:
         """A job on a volume, or one that has removed its VM from here: then only its last word is missing."""
-        if job.kind == "volume.create":
-            await self._host.volumes.recover(job)
+        recovery = self._recoveries.get(job.kind)
+        if recovery is not None:
+            await recovery(job)
         elif job.target in self._host.moved:
             last = Step(job.steps[-1].name, nothing)
             self._host.jobs.resume(Plan(job.kind, job.target, job.target_name, (last,)), job, last.name)

@@ -27,11 +27,11 @@ FLOPPY_DRIVES = 2
 """A PC's floppy controller has two."""
 
 
-async def new_config(host: Host, request: VmCreate) -> VmConfig:
-    """The configuration of a new VM, complete and within the limits."""
+async def new_config(host: Host, request: VmCreate, vm_id: str | None = None) -> VmConfig:
+    """The configuration of a new VM, complete and within the limits. `vm_id`: its id, where that was settled before."""
     check_name("vm", request.name)
     await host.volumes.check_kernel(request.kernel)
-    vm_id = new_id()
+    vm_id = vm_id or new_id()
     config = VmConfig(
         id=vm_id,
         name=request.name,

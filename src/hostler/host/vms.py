@@ -93,6 +93,14 @@ class VmService:
         log.info("vm.created", vm=config.id, name=config.name, by=by)
         return actor.record
 
+    async def define(self, config: VmConfig, by: str) -> VmRecord:
+        """Define a VM whose configuration is complete already: one that comes from elsewhere. AlreadyExists."""
+        async with self._names:
+            self._require_free_name(config.name)
+            actor = await self._insert(VmRecord(config=config))
+        log.info("vm.created", vm=config.id, name=config.name, by=by)
+        return actor.record
+
     def _require_free_name(self, name: str) -> None:
         if any(a.record.name == name for a in self._host.actors.values()):
             raise AlreadyExists(f"vm {name}", "a VM of this name exists on this host", "choose another name")

@@ -74,6 +74,9 @@ TABLE: dict[str, Rule] = {
     "PATCH /v1/pools/{pool}": _P.ADMINISTER,
     "DELETE /v1/pools/{pool}": _P.ADMINISTER,
     "POST /v1/pools/{pool}/scan": _P.CONFIGURE,
+    # machines from elsewhere: descriptions and images at any path that the daemon can read, as with volumes
+    "POST /v1/imports/inspect": _P.CONFIGURE,
+    "POST /v1/imports": _P.CONFIGURE,
     # jobs and events
     "GET /v1/jobs": _P.VIEW,
     "GET /v1/jobs/{job}": _P.VIEW,

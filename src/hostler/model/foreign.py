@@ -176,6 +176,8 @@ class ImportDisk(Record):
     target_unit: int = 0
     offset: int = 0
     """Where it begins in `path`, in bytes: not 0 inside an OVA."""
+    length: int = 0
+    """How many bytes of the file it has (VMDK only)."""
     problem: str = ""
 
 

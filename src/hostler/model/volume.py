@@ -57,6 +57,9 @@ class Volume(Record):
     node: str = ""
     identity: str = ""
     notes: str = ""
+    made_by: str = ""
+    """Id of the job that made it, "" where that is nobody's business: a job that is undone removes what it made itself,
+    and nothing else of the same name."""
     state: VolumeState = VolumeState.READY
     created: datetime | None = None
 

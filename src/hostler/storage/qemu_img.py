@@ -120,11 +120,40 @@ class QemuImg:
         """A new image of `size` bytes with the content of `source` (which must not be larger). A backing file that it
         names, perhaps only since it was looked at, is not opened. Errors as `create`, and InUse when a running QEMU
         writes the source. Takes as long as it takes; cancelling removes the file."""
+        named = [*_source(source, source_format), "--", _named(source, source_format)]
+        await self._convert(named, source, path, format, size, on_progress)
+
+    async def convert_vmdk(
+        self,
+        source: str,
+        offset: int,
+        length: int,
+        path: str,
+        format: ImageFormat,
+        size: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """As `convert`, from the VMDK that is `length` bytes from `offset` of the file `source` (an OVA). It must have
+        been looked at before (`vmdk.inspect_vmdk`): QEMU opens whatever a VMDK refers to, except a parent."""
+        file = {"driver": "file", "filename": source, "read-only": True}
+        node = {"driver": "raw", "offset": offset, "size": length, "file": file}
+        image = {"driver": "vmdk", "backing": None, "file": node}
+        named = ["--", "json:" + json.dumps(image, ensure_ascii=False)]
+        await self._convert(named, source, path, format, size, on_progress)
+
+    async def _convert(
+        self,
+        named: Sequence[str],
+        source: str,
+        path: str,
+        format: ImageFormat,
+        size: int,
+        on_progress: OnProgress | None,
+    ) -> None:
         async with new_file(path) as part:
             await self._create(part, path, format, size)
             # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
-            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", *_source(source, source_format)]
-            argv += ["-O", QEMU_DRIVER[format], "--", _named(source, source_format), part]
+            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", "-O", QEMU_DRIVER[format], *named, part]
             outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, _teller(on_progress))
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -31,6 +31,9 @@ from hostler.store.table import Row
 
 SECTOR = 512
 _TRIES = 20
+
+Fill = Callable[[str, QemuImg], Awaitable[None]]
+"""Makes the image of a new volume at that path."""
 
 
 class VolumeService:
@@ -82,6 +85,7 @@ class VolumeService:
         source_format: ImageFormat | None = None,
         on_progress: OnProgress | None = None,
         pool: str = "",
+        made_by: str = "",
     ) -> Volume:
         """A new volume with the content of the image or volume `source`, converted to `format` (None: its own) and made
         larger where `size` is above its size. Errors as `create`, and BadImage, InUse about the source."""
@@ -96,20 +100,38 @@ class VolumeService:
             )
         # An image may be any number of bytes long; what QEMU makes of it has whole sectors.
         size += -size % SECTOR
+
+        async def fill(target: str, image: QemuImg) -> None:
+            await image.convert(known, shape.format, target, format, size, on_progress)
+
+        return await self.create_filled(name, size, format, fill, path, pool, made_by)
+
+    async def create_filled(
+        self,
+        name: str,
+        size: int,
+        format: ImageFormat,
+        fill: Fill,
+        path: str | None = None,
+        pool: str = "",
+        made_by: str = "",
+    ) -> Volume:
+        """A new volume whose file `fill` makes: complete, of exactly `size` bytes for a guest, under the path it is
+        given and never half of it there (`qemu_img.new_file`). Errors as `create`, and those of `fill`."""
         target = self._check(name, size, format, path)
         async with AsyncExitStack() as undo:
-            row = await self._begin(undo, name, size, format, target, pool)
-            await self._image.convert(known, shape.format, target, format, size, on_progress)
+            row = await self._begin(undo, name, size, format, target, pool, made_by)
+            await fill(target, self._image)
             undo.callback(_remove, target)
             return await self._complete(undo, row)
 
-    async def register(self, name: str, path: str, format: ImageFormat | None = None) -> Volume:
+    async def register(self, name: str, path: str, format: ImageFormat | None = None, made_by: str = "") -> Volume:
         """Make an existing image known. Its format is told from its content now and holds ever after; only raw has to
         be said, for what looks like nothing may as well be damaged. BadImage, NotFound, InvalidInput, AlreadyExists."""
         check_name("volume", name)
         seen = await self.inspect(path, format)
         _require_said(path, seen.format, format)
-        volume = seen.but(name=name, path=os.path.realpath(path), created=utc_now())
+        volume = seen.but(name=name, path=os.path.realpath(path), created=utc_now(), made_by=made_by)
         await whole(self._catalogue.add(volume), self._forget)
         return volume
 
@@ -216,7 +238,14 @@ class VolumeService:
         return target
 
     async def _begin(
-        self, undo: AsyncExitStack, name: str, size: int, format: ImageFormat, path: str, pool: str
+        self,
+        undo: AsyncExitStack,
+        name: str,
+        size: int,
+        format: ImageFormat,
+        path: str,
+        pool: str,
+        made_by: str = "",
     ) -> Row[Volume]:
         """Write the record, and see to it that it goes when the work fails."""
         volume = Volume(
@@ -227,6 +256,7 @@ class VolumeService:
             pool=pool,
             state=VolumeState.CREATING,
             created=utc_now(),
+            made_by=made_by,
         )
         self._making.append(name)
         undo.callback(self._making.remove, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -35,4 +36,17 @@ async def whole(work: Coroutine[Any, Any, T], undo: Callable[[T], Awaitable[None
         await asyncio.wait({task})
         if not task.cancelled() and task.exception() is None:
             await undo(task.result())
+        raise
+
+
+async def interruptible(work: Callable[[Callable[[], bool]], T]) -> T:
+    """What `work` returns, computed in a thread that may take long. It is handed a question, "stop?", which it asks now
+    and then; the answer is yes once whoever awaits this was cancelled, and the thread has ended when this has."""
+    stopped = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stopped.set()
+        await asyncio.wait({task})
         raise

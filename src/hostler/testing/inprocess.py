@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import ssl
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ from hostler.model.limits import Profile
 from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
 from hostler.model.units import GiB
 from hostler.model.views import HostView, OutgoingStatus, PeerIntroduction
-from hostler.storage.qemu_img import QemuImg, new_file
+from hostler.storage.qemu_img import OnProgress, QemuImg, new_file
 from hostler.store.sqlite import SqliteStore
 from hostler.testing.faults import Faults
 from hostler.testing.faulty_store import FaultyStore
@@ -73,6 +74,20 @@ class PlainImages(QemuImg):
         async with new_file(path) as part:
             os.truncate(part, size)
 
+    async def convert(
+        self,
+        source: str,
+        source_format: ImageFormat,
+        path: str,
+        format: ImageFormat,
+        size: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """A copy of a raw image."""
+        async with new_file(path) as part:
+            shutil.copyfile(source, part)
+            os.truncate(part, size)
+
 
 class NoTls(Trust):
     """Knows nobody and encrypts nothing: hosts of one process talk without a network."""
@@ -92,8 +107,9 @@ class NoTls(Trust):
 class Node:
     """One host: its directories, and its application while it lives."""
 
-    def __init__(self, site: Site, name: str, profile: Profile, boot_id: str) -> None:
+    def __init__(self, site: Site, name: str, profile: Profile, boot_id: str, images: QemuImg | None = None) -> None:
         self.site = site
+        self.images = images or PlainImages()
         self.name = name
         self.boot_id = boot_id
         self.profile = profile
@@ -154,7 +170,7 @@ class Node:
                 address=lambda: self.address,
                 migration_address="127.0.0.1",
                 hook=self._hook,
-                image=PlainImages(),
+                image=self.images,
             )
         )
         await self._application.start()
@@ -281,9 +297,11 @@ class Site:
         for qemu in list(self.world.running.values()):
             qemu.die()
 
-    async def add(self, name: str, profile: Profile = Profile.HOSTLER, boot_id: str = "boot") -> Node:
-        """A host that runs."""
-        node = Node(self, name, profile, boot_id)
+    async def add(
+        self, name: str, profile: Profile = Profile.HOSTLER, boot_id: str = "boot", images: QemuImg | None = None
+    ) -> Node:
+        """A host that runs. `images`: the real qemu-img where images are more than raw files."""
+        node = Node(self, name, profile, boot_id, images)
         self.nodes.append(node)
         await node.start()
         return node

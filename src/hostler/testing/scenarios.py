@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,11 @@ from hostler.host.steps import Plan, Step
 from hostler.model.disk import ImageFormat
 from hostler.model.job import Job, JobState
 from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate, VolumeCreate
+from hostler.model.transfer import ImportRequest
 from hostler.model.units import MiB
 from hostler.model.vm import VmRecord
 from hostler.qemu import access
+from hostler.testing.exported import exported_folder
 from hostler.testing.inprocess import Node, Site
 
 VM = "web"
@@ -97,8 +99,8 @@ class Scenario:
 
     async def begin(self, node: Node, change: Change = as_they_are) -> Job:
         """Begin the job, with its steps changed."""
-        if self.kind == "volume.create":
-            plan = node.application.volumes.plan_create(VolumeCreate(name="v", size=4096, format=ImageFormat.RAW))
+        if self.kind in _WITHOUT_VM:
+            plan = await _WITHOUT_VM[self.kind](node)
             return await node.application.jobs.start(_changed(plan, change), "test")
         host, actor = node.application.host, node.application.host.actor(VM)
         operation, params = _operation(node, self.kind), await self._params(node)
@@ -122,6 +124,22 @@ class Scenario:
 def _operation(node: Node, kind: str) -> Operation:
     moves = node.application.migrations.operation
     return moves if kind == moves.kind else OPERATIONS[kind]
+
+
+async def _plan_create(node: Node) -> Plan:
+    return node.application.volumes.plan_create(VolumeCreate(name="v", size=4096, format=ImageFormat.RAW))
+
+
+async def _plan_import(node: Node) -> Plan:
+    folder = exported_folder(node.site.directory / "exported", {"disk0": b"boot" * 1024, "disk1": b"data" * 2048})
+    return await node.application.imports.plan(ImportRequest(path=str(folder)))
+
+
+_WITHOUT_VM: dict[str, Callable[[Node], Awaitable[Plan]]] = {
+    "volume.create": _plan_create,
+    "vm.import": _plan_import,
+}
+"""Jobs that hold no VM when they begin, by kind, and how they are planned."""
 
 
 def _changed(plan: Plan, change: Change) -> Plan:
@@ -187,6 +205,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         forward_from="switch-over:after",
     ),
     Scenario("volume.create", ("create",)),
+    Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
 )
 """One for each kind of job there is."""
 
@@ -224,7 +243,7 @@ def granted(path: Path) -> int:
 async def _of_node(node: Node) -> dict[str, object]:
     host = node.application.host
     return {
-        "vms": [await _of_vm(node, actor.record) for actor in host.actors.values()],
+        "vms": [await _of_vm(node, a.record) for a in sorted(host.actors.values(), key=lambda a: a.record.name)],
         "volumes": [(v.name, v.state) for v in await node.application.volumes.list()],
         "files": sorted(p.name for p in host.paths.volumes.glob("*")),
         "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from hostler.model.foreign import ImportReport
 from hostler.model.job import Job
 from hostler.model.limits import Limits
 from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
@@ -22,6 +23,7 @@ from hostler.model.requests import (
     VolumeCreate,
     VolumeRegister,
 )
+from hostler.model.transfer import ImportRequest
 from hostler.model.views import (
     Deleted,
     Event,
@@ -70,6 +72,11 @@ class Pools(Protocol):
     async def scan(self, name: str, request: PoolScan, by: str) -> ScanReport: ...
 
 
+class Imports(Protocol):
+    async def inspect(self, request: ImportRequest) -> ImportReport: ...
+    async def run(self, request: ImportRequest, by: str) -> Job: ...
+
+
 class Jobs(Protocol):
     def list(self) -> Sequence[Job]: ...
     def get(self, job_id: str) -> Job: ...
@@ -111,6 +118,8 @@ class Application(Protocol):
     def volumes(self) -> Volumes: ...
     @property
     def pools(self) -> Pools: ...
+    @property
+    def imports(self) -> Imports: ...
     @property
     def jobs(self) -> Jobs: ...
     @property

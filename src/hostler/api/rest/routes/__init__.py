@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from hostler.api.rest.routes import consoles, devices, events, hosts, jobs, peers, pools, tokens, vms, volumes
+from hostler.api.rest.routes import consoles, devices, events, hosts, imports, jobs, peers, pools, tokens, vms, volumes
 
 ROUTERS: tuple[APIRouter, ...] = (
     hosts.router,
@@ -13,6 +13,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     consoles.router,
     volumes.router,
     pools.router,
+    imports.router,
     jobs.router,
     events.router,
     tokens.router,
