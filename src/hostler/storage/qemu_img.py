@@ -189,6 +189,17 @@ async def new_file(path: str) -> AsyncIterator[str]:
             os.unlink(part)
 
 
+@asynccontextmanager
+async def scratch_file(path: str) -> AsyncIterator[str]:
+    """A temporary file beside `path` (which must not exist yet) that is gone after the block."""
+    part = _reserve(path)
+    try:
+        yield part
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+
+
 def leftovers(path: str) -> Sequence[Path]:
     """Temporary files of `path` that a killed daemon left."""
     final = Path(path)

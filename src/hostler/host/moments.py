@@ -1,0 +1,47 @@
+"""What backups need of a machine: its disks as they were at one moment, copied while the guest goes on.
+`hostler.qemu.fleecing` is the real one, `hostler.testing.simulated_moments` a simulated one.
+
+Errors and deadlines as for `hostler.host.hypervisor.Machine`: every method may be called again after its outcome was
+unknown, and by another daemon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from hostler.host.blocks import OnBlockJob
+from hostler.model.backup import Bitmap
+from hostler.model.disk import Disk
+
+
+class Moments(Protocol):
+    """The moments of one machine's disks."""
+
+    async def bitmaps(self, disk: Disk) -> list[Bitmap]:
+        """The bitmaps that tell all that changed on that disk."""
+
+    async def size(self, disk: Disk) -> int:
+        """Bytes the disk has now."""
+
+    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], fresh: str | None, hold: bool) -> None:
+        """The moment: what these disks are is kept from now on, in the scratch files (empty qcow2 images of the same
+        size, by disk id), and what changes is noted in the new bitmap `fresh`. `hold`: stop the guest meanwhile."""
+
+    async def copy(
+        self,
+        disks: Sequence[Disk],
+        since: Mapping[str, str],
+        path: str,
+        speed: int,
+        on_progress: OnBlockJob | None = None,
+    ) -> None:
+        """Copy each, as it was, to the NBD export of its id on that unix socket, from front to back; returns when all
+        of it is there. `since`: by disk id, the bitmap that tells what is wanted of it (everything without one).
+        `speed`: bytes/s for each disk, 0: unlimited. May be begun again. QemuFailed when that failed."""
+
+    async def end(self, disks: Sequence[Disk]) -> None:
+        """Keep and copy nothing any more. Harmless when nothing was."""
+
+    async def drop(self, disks: Sequence[Disk], name: str) -> None:
+        """Forget that bitmap. Harmless when it is not there."""
