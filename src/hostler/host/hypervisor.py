@@ -29,6 +29,7 @@ class Machine(Protocol):
     @property
     def blocks(self) -> Blocks:
         """What can be done to its disks beyond plugging them in and out."""
+
     @property
     def moments(self) -> Moments: ...
 

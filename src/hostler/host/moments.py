@@ -11,22 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from hostler.host.blocks import OnBlockJob
-from hostler.model.backup import Bitmap
 from hostler.model.disk import Disk
 
 
 class Moments(Protocol):
     """The moments of one machine's disks."""
 
-    async def bitmaps(self, disk: Disk) -> list[Bitmap]:
-        """The bitmaps that tell all that changed on that disk."""
-
-    async def size(self, disk: Disk) -> int:
-        """Bytes the disk has now."""
-
-    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], fresh: str | None, hold: bool) -> None:
+    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], hold: bool) -> None:
         """The moment: what these disks are is kept from now on, in the scratch files (empty qcow2 images of the same
-        size, by disk id), and what changes is noted in the new bitmap `fresh`. `hold`: stop the guest meanwhile."""
+        size, by disk id). `hold`: stop the guest meanwhile, so that several disks are of one moment. Harmless when it
+        was."""
 
     async def copy(
         self,
@@ -42,6 +36,3 @@ class Moments(Protocol):
 
     async def end(self, disks: Sequence[Disk]) -> None:
         """Keep and copy nothing any more. Harmless when nothing was."""
-
-    async def drop(self, disks: Sequence[Disk], name: str) -> None:
-        """Forget that bitmap. Harmless when it is not there."""

@@ -2,8 +2,8 @@
 
     (nothing) --copied, then its manifest is written--> backup;  without a manifest there is no backup
 
-Each disk of a backup is either whole or holds what changed since an older backup of the same VM (`since`): a chain, which
-stands in the manifests and nowhere else. Pure: choosing, following and pruning chains are functions of the manifests.
+Each disk of a backup is either whole or holds what changed since an older backup of the same VM (`since`): a chain,
+which stands in the manifests and nowhere else. Pure: choosing, following and pruning chains are functions of manifests.
 """
 
 from __future__ import annotations
@@ -50,20 +50,12 @@ class Consistency(StrEnum):
 
 
 class Tracking(StrEnum):
-    """How long what changes on a disk is noted. persistent: in the image (qcow2), until a QEMU is killed. while-running:
-    in QEMU's memory, until it ends. none: not at all."""
+    """How long what changes on a disk is noted. persistent: in the image (qcow2), unless a QEMU is killed.
+    while-running: in QEMU's memory, until it ends. none: not at all."""
 
     PERSISTENT = "persistent"
     WHILE_RUNNING = "while-running"
     NONE = "none"
-
-
-class Bitmap(Record):
-    """A note of what changed on one disk since a backup. `dirty` in bytes."""
-
-    name: str
-    dirty: int = Field(default=0, ge=0)
-    persistent: bool = False
 
 
 class BackedDisk(Record):
@@ -166,21 +158,19 @@ def to_back_up(config: VmConfig) -> tuple[Disk, ...]:
     return tuple(d for d in config.disks if d.writes and d.source.kind is not SourceKind.EMPTY)
 
 
-def choose(
-    disk: Disk, mode: BackupMode, bitmaps: Iterable[Bitmap], backups: Sequence[Backup], size: int
-) -> tuple[str | None, str]:
+def choose(disk: Disk, mode: BackupMode, bitmaps: Iterable[str], backups: Sequence[Backup]) -> tuple[str | None, str]:
     """The backup this disk's copy builds on (the newest that its bitmaps know and the directory has), or None and why
     the whole disk is copied. `backups`: those of this VM in the directory. WrongState when that must not be."""
     if mode is BackupMode.FULL:
         return None, "asked for"
-    known = {b.name for b in bitmaps}
+    known = frozenset(bitmaps)
     whole = {b.id: b for b in backups if restorable(b, {x.id: x for x in backups})}
     why = "no backup of it is in this directory"
     for backup in sorted(whole.values(), key=lambda b: b.id, reverse=True):
         former = backup.disk(disk.id)
         if former is None:
             continue
-        if former.size > size:
+        if former.size > disk.source.size:
             why = "it was made smaller since its last backup"
             break
         if bitmap_name(backup.id) in known:

@@ -15,11 +15,10 @@ The scratch file is full, or too slow: then the moment is lost and the backup fa
 moment, the guest's processors stand still while the filters are put in, some milliseconds.
 
 QEMU writes and we take, not the other way round: the NBD server of QEMU 7.2.22 (Debian 12) ends the whole QEMU by an
-assertion (nbd_blockdev_client_closed) when a client leaves an export whose disk is in an I/O thread, as all of ours are.
+assertion (nbd_blockdev_client_closed) when a client leaves an export whose disk is in an I/O thread, as ours are.
 
-Bitmaps ("what changed since backup X", one for each X) are only ever added here; the one of the former backup goes on
-until somebody says `drop`, so that a backup that fails has lost nothing. What they said at the moment is kept in a bitmap
-of its own, `SINCE`, filled after the filters are in: it may say too much, never too little.
+What a bitmap said at the moment ("what changed since the last backup", see `bitmaps`) is merged into `SINCE` after the
+filters are in: it may say too much, never too little.
 
 Every function may be repeated after a crash at any point in it.
 """
@@ -31,9 +30,9 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from hostler.model.backup import BLOCK, Bitmap
+from hostler.model.backup import BLOCK
 from hostler.model.blockjob import BlockJob, BlockJobState
-from hostler.model.disk import Disk, DiskSource, ImageFormat
+from hostler.model.disk import Disk
 from hostler.model.errors import QemuFailed
 from hostler.model.machine import RunStatus
 from hostler.qemu import commands
@@ -59,34 +58,9 @@ class Fleecing:
     def __init__(self, qmp: QmpSession) -> None:
         self._qmp = qmp
 
-    async def bitmaps(self, disk: Disk) -> list[Bitmap]:
-        """The bitmaps that tell all that changed on that disk: on its top layer, and on each layer below it down to
-        the one where they began, without a gap. One that QEMU found unusable does not count."""
-        nodes = await self._nodes()
-        layers = [_usable(nodes.get(layer_node(disk, layer), {})) for layer in disk.source.layers()]
-        found: list[Bitmap] = []
-        for name, top in layers[0].items():
-            run = 1
-            while run < len(layers) and name in layers[run]:
-                run += 1
-            if any(name in layer for layer in layers[run:]):
-                continue
-            dirty = sum(layer[name].dirty for layer in layers[:run])
-            found.append(top.but(dirty=min(dirty, disk.source.size) if disk.source.size else dirty))
-        return found
-
-    async def size(self, disk: Disk) -> int:
-        """Bytes the disk has now."""
-        node = (await self._nodes()).get(node_name(disk), {})
-        with commands.understood(self._qmp, "query-named-block-nodes"):
-            return int(node["image"]["virtual-size"])
-
-    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], fresh: str | None, hold: bool) -> None:
-        """The moment: from now on what the disks were is kept in the scratch files (by disk id), and what changes is
-        noted in the new bitmap `fresh`. `hold`: stop the guest while that is done."""
-        if fresh is not None:
-            for disk in disks:
-                await self._add_bitmap(disk, fresh)
+    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], hold: bool) -> None:
+        """The moment: from now on what the disks were is kept in the scratch files (by disk id). `hold`: stop the guest
+        while several are begun."""
         for disk in disks:
             await self._keep_ready(disk, scratch[disk.id])
         running = hold and len(disks) > 1 and await commands.query_status(self._qmp) is RunStatus.RUNNING
@@ -188,28 +162,7 @@ class Fleecing:
             await self._remove(_now(disk), nodes)
             await self._remove(_old(disk), nodes)
 
-    async def drop(self, disks: Sequence[Disk], name: str) -> None:
-        """Forget that bitmap, on each layer that can be changed. Harmless when it is not there."""
-        nodes = await self._nodes()
-        for disk in disks:
-            for layer in disk.source.layers():
-                node = layer_node(disk, layer)
-                if name in _names(nodes.get(node, {})) and not nodes[node].get("ro"):
-                    await self._quietly("block-dirty-bitmap-remove", {"node": node, "name": name}, "not found")
-
     # steps
-
-    async def _add_bitmap(self, disk: Disk, name: str) -> None:
-        nodes = await self._nodes()
-        if name in _names(nodes.get(node_name(disk), {})):
-            return
-        arguments = {
-            "node": node_name(disk),
-            "name": name,
-            "granularity": BLOCK,
-            "persistent": keeps_bitmaps(disk.source),
-        }
-        await self._qmp.execute("block-dirty-bitmap-add", arguments, deadline=commands.BLOCK_DEADLINE)
 
     async def _keep_ready(self, disk: Disk, path: str) -> None:
         """The scratch file, and the filter above the disk, which nothing goes through yet."""
@@ -282,22 +235,8 @@ class Fleecing:
             return {str(node["node-name"]): node for node in cast(list[dict[str, Any]], listed)}
 
 
-def keeps_bitmaps(source: DiskSource) -> bool:
-    """Whether bitmaps are kept in the image itself, and so outlive QEMU."""
-    return source.format is ImageFormat.QCOW2 and not source.exported
-
-
 def _names(node: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(b.get("name", "")) for b in node.get("dirty-bitmaps", ()))
-
-
-def _usable(node: Mapping[str, Any]) -> dict[str, Bitmap]:
-    """The named bitmaps of a node. `inconsistent`: QEMU was killed before it had written it."""
-    return {
-        str(b["name"]): Bitmap(name=str(b["name"]), dirty=int(b["count"]), persistent=bool(b.get("persistent")))
-        for b in node.get("dirty-bitmaps", ())
-        if b.get("name") and not b.get("inconsistent")
-    }
 
 
 def _now(disk: Disk) -> str:

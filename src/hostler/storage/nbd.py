@@ -1,8 +1,8 @@
 """An NBD server for what QEMU writes into backups: over a unix socket, for writing only, from front to back.
 
 The newstyle handshake and simple replies of the NBD project's doc/proto.md; options that are not needed are refused, as
-the protocol allows. The client is a QEMU, perhaps one that its guest has taken over: all lengths are bounded, and nonsense
-ends the connection.
+the protocol allows. The client is a QEMU, perhaps one that its guest has taken over: all lengths are bounded, and
+nonsense ends the connection.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Sink(Protocol):
 async def serving(path: str, sinks: Mapping[str, Sink], uid: int | None = None) -> AsyncIterator[None]:
     """Serve the sinks under their names on the unix socket `path` as long as the block runs. The socket, in a directory
     that may belong to a VM's user, is that user's (`uid`)."""
-    clients: set[asyncio.Task[None]] = set()
+    clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -54,12 +54,12 @@ async def serving(path: str, sinks: Mapping[str, Sink], uid: int | None = None) 
         if len(clients) >= _CLIENTS:
             writer.close()
             return
-        clients.add(task)
+        clients[task] = writer
         try:
             with suppress(OSError, EOFError, _Nonsense):
                 await _Connection(reader, writer, sinks).run()
         finally:
-            clients.discard(task)
+            del clients[task]
             writer.close()
 
     with suppress(FileNotFoundError):
@@ -71,9 +71,10 @@ async def serving(path: str, sinks: Mapping[str, Sink], uid: int | None = None) 
         yield
     finally:
         server.close()
-        for task in list(clients):
-            task.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        for writer in clients.values():
+            writer.transport.abort()
+        if clients:
+            await asyncio.wait(clients)
         await server.wait_closed()
         with suppress(OSError):
             os.unlink(path)

@@ -55,6 +55,11 @@ class VolumeService:
         self._catalogue = Catalogue(store)
         self._making: list[str] = []
 
+    @property
+    def image(self) -> QemuImg:
+        """What makes and converts images here."""
+        return self._image
+
     # making
 
     async def create(

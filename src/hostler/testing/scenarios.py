@@ -24,10 +24,12 @@ from hostler.model.vm import VmRecord
 from hostler.qemu import access
 from hostler.testing.exported import exported_folder
 from hostler.testing.inprocess import Node, Site
+from hostler.testing.simulated_world import SimulatedQemu
 
 VM = "web"
 NEVER = "never"
 NEW_DISK = "disk1"
+BACKUP = "20261124T100000Z-00000000"
 Change = Callable[[Sequence[Step]], Sequence[Step]]
 
 
@@ -114,6 +116,8 @@ class Scenario:
             other = next(n for n in node.site.nodes if n is not node)
             settings = settings_of(MigrateRequest(host=other.name))
             return {"target": other.identity.host_id, "settings": settings.to_json()}
+        if self.kind == "vm.backup":
+            return {**self.params, "directory": str(node.site.directory / "backups"), "backup": BACKUP}
         return self.params
 
     async def run(self, node: Node, change: Change = as_they_are) -> Job:
@@ -204,6 +208,15 @@ SCENARIOS: tuple[Scenario, ...] = (
         insists=True,
         forward_from="switch-over:after",
     ),
+    Scenario(
+        "vm.backup",
+        ("open", "snapshot", "copy", "commit", "close"),
+        ("start",),
+        {"mode": "auto", "consistency": "crash"},
+        done_by="commit",
+        insists=True,
+        forward_from="snapshot:after",
+    ),
     Scenario("volume.create", ("create",)),
     Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
 )
@@ -221,11 +234,18 @@ async def picture(site: Site) -> dict[str, object]:
         ),
         "locks": sorted(Path(path).name for path in site.world.locks),
         "wire": sorted(site.world.wire),
+        "backups": sorted(f"{p.parent.name}/{p.name}" for p in site.directory.glob("backups/*/*/*")),
+        "noted": sorted(_noted(qemu) for qemu in site.world.running.values()),
         "granted": {path.name: users for path in site.directory.glob("*.img") if (users := granted(path))},
     }
     for node in site.nodes:
         found[node.name] = await _of_node(node)
     return found
+
+
+def _noted(qemu: SimulatedQemu) -> tuple[str, ...]:
+    """What is kept of its disks, and which of its changes are noted."""
+    return (*sorted(qemu.moments), *sorted(name for names in qemu.bitmaps.values() for name in names))
 
 
 def _owner(site: Site, run_dir: str) -> str:
@@ -246,6 +266,7 @@ async def _of_node(node: Node) -> dict[str, object]:
         "vms": [await _of_vm(node, a.record) for a in sorted(host.actors.values(), key=lambda a: a.record.name)],
         "volumes": [(v.name, v.state) for v in await node.application.volumes.list()],
         "files": sorted(p.name for p in host.paths.volumes.glob("*")),
+        "scratch": sorted(p.name for p in host.paths.state_dir.glob("scratch/*")),
         "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),
         "claims": len(await host.store.list("claim/")),
         "coming": [c.name for c in node.application.incoming.coming()],

@@ -129,6 +129,8 @@ class SimulatedQemu:
         """What QEMU says about block jobs that fail from now on."""
         self.bitmaps: dict[str, set[str]] = {}
         """Names of the dirty bitmaps of each node."""
+        self.moments: dict[str, bytes] = {}
+        """What is kept of disks for a backup."""
         self.frozen = False
         """Whether the guest's file systems are frozen."""
         self.locked_trays: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hostler.host.operation import Operation
-from hostler.host.operations import discard, disks, pause, restore, save, start, stop
+from hostler.host.operations import backup, discard, disks, pause, restore, save, start, stop
 
 OPERATIONS: dict[str, Operation] = {
     operation.kind: operation
@@ -19,5 +19,6 @@ OPERATIONS: dict[str, Operation] = {
         discard.OPERATION,
         disks.ATTACH,
         disks.DETACH,
+        backup.OPERATION,
     )
 }

@@ -1,8 +1,8 @@
 """The qcow2 files of backups: written from front to back, and read again without trust.
 
-A small subset of qemu's docs/interop/qcow2.txt: version 3, clusters of 64 KiB, refcounts of 16 bits, no backing file, no
-snapshots. A cluster is absent, zero, or data (plain or compressed with raw deflate). QEMU and other programs read such a
-file; the file names no other one, so that an incremental one alone shows its changes over zeroes.
+A small subset of qemu's docs/interop/qcow2.txt: version 3, clusters of 64 KiB, refcounts of 16 bits, no backing file,
+no snapshots. A cluster is absent, zero, or data (plain or compressed with raw deflate). QEMU and other programs read
+such a file; it names no other one, so that an incremental one alone shows its changes over zeroes.
 
     cluster 0: header | data and L2 tables, as they come | L1 table | refcount blocks | refcount table
 
@@ -25,7 +25,7 @@ _BITS = 16
 _L2 = BLOCK // 8
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 """Magic, version, backing offset and size, cluster bits, size, encryption, L1 entries and offset, refcount table offset
-and clusters, snapshots and their offset, incompatible, compatible and autoclear features, refcount order, header length.
+and clusters, snapshots and their offset, incompatible, compatible and autoclear features, refcount order, header size.
 """
 _MAGIC = b"QFI\xfb"
 _COPIED = 1 << 63
@@ -68,7 +68,8 @@ class Writer:
             packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW)
             packed = packer.compress(data) + packer.flush()
             if len(packed) < BLOCK - 4096:
-                return self._set(index, self._append_packed(packed))
+                self._set(index, self._append_packed(packed))
+                return
         self._set(index, self._append(data) | _COPIED)
 
     def zero(self, index: int) -> None:
@@ -151,7 +152,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One block that a file holds. `at`: where its data is (None: it is zero); `length`: bytes there when compressed."""
+    """One block that a file holds. `at`: where its data is (None: it is zero); `length`: bytes there if compressed."""
 
     index: int
     at: int | None
