@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from hostler.host.moments import Moments
 from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk, DiskSource, IoLimits
 
@@ -24,6 +25,10 @@ OnBlockJob = Callable[[BlockJob], None]
 
 class Blocks(Protocol):
     """The disks of one running machine."""
+
+    @property
+    def moments(self) -> Moments:
+        """Its disks as they were at one moment, for backups."""
 
     async def layers(self) -> dict[str, tuple[str, ...]]:
         """For each disk id, the node names of the layers QEMU has under its device now, top first."""

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from hostler.host.blocks import Blocks
-from hostler.host.moments import Moments
 from hostler.model.disk import Disk
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, RunStatus
@@ -29,9 +28,6 @@ class Machine(Protocol):
     @property
     def blocks(self) -> Blocks:
         """What can be done to its disks beyond plugging them in and out."""
-
-    @property
-    def moments(self) -> Moments: ...
 
     async def status(self) -> RunStatus: ...
     async def run(self) -> None:

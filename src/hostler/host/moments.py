@@ -7,11 +7,13 @@ unknown, and by another daemon.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from hostler.host.blocks import OnBlockJob
+from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk
+
+OnBlockJob = Callable[[BlockJob], None]
 
 
 class Moments(Protocol):

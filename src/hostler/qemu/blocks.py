@@ -14,6 +14,7 @@ from hostler.model.disk import Disk, DiskSource, IoLimits
 from hostler.qemu import bitmaps, blockjobs, drives, layers
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
+from hostler.qemu.fleecing import Fleecing
 from hostler.qemu.guest_agent import GuestAgent
 from hostler.qemu.qmp import QmpSession
 
@@ -28,6 +29,7 @@ class QemuBlocks:
         self._aio: Aio = aio
         self._agent = agent
         self._lock = asyncio.Lock()
+        self.moments = Fleecing(qmp)
 
     async def layers(self) -> dict[str, tuple[str, ...]]:
         """Nodes of each disk."""

@@ -28,7 +28,6 @@ from hostler.qemu.blockdev import Aio
 from hostler.qemu.blocks import QemuBlocks
 from hostler.qemu.cmdline import aio_for, nic_device_id
 from hostler.qemu.failures import image_error, start_error
-from hostler.qemu.fleecing import Fleecing
 from hostler.qemu.guest_agent import GuestAgent
 from hostler.qemu.launch import launch
 from hostler.qemu.migration import Migrator, go_on
@@ -61,7 +60,6 @@ class QemuMachine:
         self._agent = GuestAgent(self._run_dir.agent, name)
         self.blocks = QemuBlocks(qmp, aio, self._agent)
         self._migrator = Migrator(qmp, found.run_dir, _uid_of(found.pid))
-        self.moments = Fleecing(qmp)
 
     @property
     def process(self) -> Process:

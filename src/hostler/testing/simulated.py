@@ -23,7 +23,6 @@ from hostler.model.vm import Process
 from hostler.testing import simulated_moves as moves
 from hostler.testing.faults import Faults
 from hostler.testing.simulated_blocks import SimulatedBlocks
-from hostler.testing.simulated_moments import SimulatedMoments
 from hostler.testing.simulated_world import SimulatedQemu, World
 from hostler.testing.vm_variants import FACTS
 
@@ -48,7 +47,6 @@ class SimulatedMachine:
         self.qemu = qemu
         self.faults = faults
         self.blocks = SimulatedBlocks(qemu, faults)
-        self.moments = SimulatedMoments(qemu, faults)
 
     @property
     def process(self) -> Process:

@@ -27,6 +27,7 @@ from hostler.qemu import blockdev
 from hostler.qemu.blockjobs import can_grow, check_commit
 from hostler.qemu.failures import image_error
 from hostler.testing.faults import Faults
+from hostler.testing.simulated_moments import SimulatedMoments
 from hostler.testing.simulated_world import SimulatedJob, SimulatedQemu
 
 OnBlockJob = Callable[[BlockJob], None]
@@ -56,6 +57,7 @@ class SimulatedBlocks:
     def __init__(self, qemu: SimulatedQemu, faults: Faults) -> None:
         self._qemu = qemu
         self._faults = faults
+        self.moments = SimulatedMoments(qemu, faults)
 
     async def layers(self) -> dict[str, tuple[str, ...]]:
         """Nodes of each disk."""

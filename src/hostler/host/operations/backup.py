@@ -159,7 +159,7 @@ def snapshot(work: _Work) -> Step:
         frozen = running and await _freeze(work, context)
         try:
             scratch = {disk.id: work.scratch_file(disk) for disk in work.disks}
-            await machine.moments.begin(work.disks, scratch, hold=not frozen)
+            await machine.blocks.moments.begin(work.disks, scratch, hold=not frozen)
         finally:
             if frozen:
                 await _thaw(actor)
@@ -171,7 +171,7 @@ def snapshot(work: _Work) -> Step:
         if actor.machine is not None:
             if context.job.data.get("freezing"):
                 await _thaw(actor)
-            await actor.machine.moments.end(work.disks)
+            await actor.machine.blocks.moments.end(work.disks)
             if context.job.data.get("running") and await actor.machine.status() is RunStatus.PAUSED:
                 await actor.machine.run()  # a daemon that died between stopping it and letting it go on
             if not there:
@@ -315,7 +315,7 @@ async def _copy(work: _Work, context: JobContext) -> None:
         speed = int(str(work.params.get("rate", 0))) // len(sinks)
         try:
             async with serving(socket, sinks, work.actor.record.config.run_as):
-                await work.actor.present().moments.copy(work.disks, bitmaps, socket, speed)
+                await work.actor.present().blocks.moments.copy(work.disks, bitmaps, socket, speed)
         except HostlerError as error:
             raise next((s.error for s in sinks.values() if s.error is not None), error) from error
         copied = {disk_id: await sink.finish() for disk_id, sink in sinks.items()}
@@ -394,7 +394,7 @@ def close(work: _Work) -> Step:
         await note_backup(work.host.store, work.vm, str(work.directory.path), work.id)
         machine = work.actor.machine
         if machine is not None:
-            await machine.moments.end(work.disks)
+            await machine.blocks.moments.end(work.disks)
             for name in await stale_bitmaps(work.host.store, work.vm):
                 await machine.blocks.drop_bitmaps(work.disks, name)
                 await forget_bitmap(work.host.store, work.vm, name)
