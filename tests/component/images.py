@@ -49,6 +49,11 @@ def qemu_io(path: str | Path, format: ImageFormat, *commands: str) -> str:
     return done.stdout + done.stderr
 
 
+def run(*words: str | Path) -> str:
+    """Runs a program that must succeed; its output."""
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def verified(path: str | Path, format: ImageFormat, pattern: int, where: str) -> bool:
     """Whether the range "OFFSET LENGTH" holds that byte."""
     text = qemu_io(path, format, f"read -P {pattern} {where}")

@@ -44,7 +44,7 @@ PIN = "ab" * 32
 def test_answers_are_read_as_what_their_annotations_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models are named by text, so that they are imported late; here the texts are compared with the types."""
     namespace = {}
-    for module in ("foreign", "limits", "job", "migration", "pool", "views", "vm", "volume"):
+    for module in ("foreign", "image", "limits", "job", "migration", "pool", "views", "vm", "volume"):
         namespace |= vars(__import__(f"hostler.model.{module}", fromlist=["x"]))
     hints = typing.get_type_hints(answers, globalns=vars(answers) | namespace)
     checked = 0
@@ -207,7 +207,9 @@ def every_call() -> list[calls.Call[Any]]:
         calls.volume_register(VolumeRegister(name="v", path="/v")), calls.volume_inspect(InspectRequest(path="/v")),
         calls.pools(), calls.pool(pool), calls.pool_create(PoolCreate(name="p", path="/p")),
         calls.pool_change(pool, PoolChange()), calls.pool_delete(pool), calls.pool_scan(pool, PoolScan()),
-        calls.volume_delete(volume), calls.import_inspect(ImportRequest(path="/e")),
+        calls.volume_delete(volume), calls.volume_details(volume),
+        *(calls.volume_act(volume, action) for action in calls.VOLUME_ACTIONS),
+        calls.import_inspect(ImportRequest(path="/e")),
         calls.import_run(ImportRequest(path="/e")),
         calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),
         calls.host_join(JoinRequest(invitation="i")), calls.host_remove(host), calls.jobs(), calls.job(job),

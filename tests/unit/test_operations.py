@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hostler.host.operations import OPERATIONS
+from hostler.host.volume_operations import VOLUME_OPERATIONS
 from hostler.model.errors import HostLacks, NoSpace, WrongState
 from hostler.model.job import JobState
 from hostler.model.requests import VmChange
@@ -50,7 +51,7 @@ async def outcome(scenario: Scenario) -> dict[str, object]:
 
 async def test_every_kind_of_job_is_here(site: Site) -> None:
     node = await site.add("a")
-    kinds = {*OPERATIONS, node.application.migrations.operation.kind, "volume.create", "vm.import"}
+    kinds = {*OPERATIONS, *VOLUME_OPERATIONS, node.application.migrations.operation.kind, "volume.create", "vm.import"}
     assert kinds == {s.kind for s in SCENARIOS}
 
 

@@ -33,6 +33,7 @@ PROGRAMS = {
     "qemu-storage-daemon": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "setfacl": "acl",
+    "vhdiinfo": "libvhdi-utils",
     "shellcheck": "shellcheck",
     "swtpm": "swtpm",
     "virsh": "libvirt-clients",

@@ -6,6 +6,7 @@ import click
 
 from hostler.cli import completing
 
+complete_volumes = completing.volume_names
 VM = click.argument("vm", shell_complete=completing.vm_names)
 VOLUME = click.argument("volume", shell_complete=completing.volume_names)
 POOL = click.argument("pool", shell_complete=completing.pool_names)

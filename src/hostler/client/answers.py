@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
     from hostler.model.foreign import ImportReport
+    from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingStatus
@@ -76,6 +77,8 @@ class _Nothing(Answer[None]):
 VM: Answer[VmRecord] = Model("vm", "VmRecord")
 VMS: Answer[list[VmRecord]] = Model("vm", "VmRecord", many=True)
 VOLUME: Answer[Volume] = Model("volume", "Volume")
+VOLUME_VIEW: Answer[VolumeView] = Model("image", "VolumeView")
+IMAGE: Answer[ImageDetails] = Model("image", "ImageDetails")
 VOLUMES: Answer[list[Volume]] = Model("volume", "Volume", many=True)
 POOL: Answer[PoolView] = Model("pool", "PoolView")
 POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)

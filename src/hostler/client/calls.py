@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from hostler.model.foreign import ImportReport
+    from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
@@ -52,6 +53,8 @@ T = TypeVar("T")
 
 ACTIONS = ("start", "pause", "resume", "save", "restore", "discard-saved", "turn-off", "reset")
 """What a VM can be told without a body."""
+VOLUME_ACTIONS = ("checksum", "validate", "grow", "shrink")
+"""What a volume can be told."""
 LONGEST_WAIT = 3600.0
 """Seconds; the API waits no longer in one request."""
 
@@ -184,8 +187,8 @@ def volumes(pool: str | None = None) -> Call[list[Volume]]:
     return Call("GET", "/v1/volumes", answers.VOLUMES, {} if pool is None else {"pool": pool})
 
 
-def volume(ref: str) -> Call[Volume]:
-    return Call("GET", f"/v1/volumes/{url_part('volume', ref)}", answers.VOLUME)
+def volume(ref: str) -> Call[VolumeView]:
+    return Call("GET", f"/v1/volumes/{url_part('volume', ref)}", answers.VOLUME_VIEW)
 
 
 def volume_create(request: VolumeCreate, *, wait: float = 0.0) -> Call[Job]:
@@ -196,8 +199,20 @@ def volume_register(request: VolumeRegister) -> Call[Volume]:
     return Call("POST", "/v1/volumes/register", answers.VOLUME, body=request)
 
 
-def volume_inspect(request: InspectRequest) -> Call[Volume]:
-    return Call("POST", "/v1/volumes/inspect", answers.VOLUME, body=request)
+def volume_inspect(request: InspectRequest) -> Call[ImageDetails]:
+    return Call("POST", "/v1/volumes/inspect", answers.IMAGE, body=request)
+
+
+def volume_details(ref: str) -> Call[ImageDetails]:
+    return Call("GET", f"/v1/volumes/{url_part('volume', ref)}/details", answers.IMAGE)
+
+
+def volume_act(ref: str, action: str, request: BaseModel | None = None, *, wait: float = 0.0) -> Call[Job]:
+    """`action` and its body: see hostler.model.volume_requests. InvalidInput when no volume knows it."""
+    if action not in VOLUME_ACTIONS:
+        raise InvalidInput(f"action {action!r}", "is not one a volume knows", f"one of: {', '.join(VOLUME_ACTIONS)}")
+    path = f"/v1/volumes/{url_part('volume', ref)}/{action}"
+    return Call("POST", path, answers.JOB, _query(wait), request, wait)
 
 
 def volume_delete(ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Call[Deleted]:

@@ -22,7 +22,10 @@ from hostler.client.target import Target, find_target
 from hostler.model.errors import Cancelled, InternalError, TimedOut
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from hostler.model.foreign import ImportReport
+    from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
@@ -143,7 +146,7 @@ class Volumes:
     def list(self, pool: str | None = None) -> list[Volume]:
         return self._send(calls.volumes(pool))
 
-    def get(self, ref: str) -> Volume:
+    def get(self, ref: str) -> VolumeView:
         return self._send(calls.volume(ref))
 
     def create(self, request: VolumeCreate, *, wait: float = 0.0) -> Job:
@@ -152,8 +155,15 @@ class Volumes:
     def register(self, request: VolumeRegister) -> Volume:
         return self._send(calls.volume_register(request))
 
-    def inspect(self, request: InspectRequest) -> Volume:
+    def inspect(self, request: InspectRequest) -> ImageDetails:
         return self._send(calls.volume_inspect(request))
+
+    def details(self, ref: str) -> ImageDetails:
+        return self._send(calls.volume_details(ref))
+
+    def act(self, ref: str, action: str, request: BaseModel | None = None, *, wait: float = 0.0) -> Job:
+        """`action` is one of calls.VOLUME_ACTIONS, `request` its body (hostler.model.volume_requests)."""
+        return self._send(calls.volume_act(ref, action, request, wait=wait))
 
     def delete(self, ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Deleted:
         return self._send(calls.volume_delete(ref, keep_file=keep_file, dry_run=dry_run))

@@ -30,6 +30,9 @@ from hostler.host.resources import Resources
 from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
 from hostler.host.vms import VmService
+from hostler.host.volume_operations.base import Tools
+from hostler.host.volume_users import VolumeUsers
+from hostler.host.volume_work import VolumeWork
 from hostler.host.volumes import Volumes
 from hostler.identity.certificates import HostIdentity
 from hostler.identity.invitations import InvitationService
@@ -38,6 +41,7 @@ from hostler.model.host import HostFacts, Peer
 from hostler.model.job import Job
 from hostler.model.limits import PROFILES, Limits
 from hostler.network.taps import Taps
+from hostler.storage.changes import VolumeChanges
 from hostler.storage.claims import ClaimBook
 from hostler.storage.exports import Exports
 from hostler.storage.pools.book import PoolBook
@@ -89,6 +93,11 @@ class Application:
     volume_service: VolumeService
     pool_watch: PoolWatch
     _autostart: asyncio.Task[None] | None = None
+
+    @property
+    def volume_work(self) -> VolumeWork:
+        """The work on volumes that no VM has open."""
+        return self.volumes.work
 
     async def start(self) -> None:
         """Take over what is there: VMs, jobs, moves. The API may answer from its return on."""
@@ -169,6 +178,8 @@ def _build_host(parts: Parts) -> Host:
     service = VolumeService(parts.store, parts.paths.volumes, limits, claims, parts.image)
     pools = Pools(PoolBook(parts.store), service, events, parts.paths.volumes, lambda: _paths_in_use(actors))
     places = Places(pools, service, lambda: _paths_in_use(actors))
+    changes = VolumeChanges(parts.store, service, parts.image)
+    work = VolumeWork(Tools(changes, VolumeUsers(actors, claims, service), events), claims, jobs)
     return Host(
         paths=parts.paths,
         facts=parts.facts,
@@ -179,7 +190,7 @@ def _build_host(parts: Parts) -> Host:
         hypervisor=parts.hypervisor,
         resources=Resources(parts.paths, parts.facts, Taps(parts.facts.id), Exports()),
         claims=claims,
-        volumes=Volumes(service, claims, jobs, events, pools, places),
+        volumes=Volumes(work, claims, jobs, events, pools, places),
         pools=pools,
         places=places,
         actors=actors,

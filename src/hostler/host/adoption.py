@@ -20,9 +20,11 @@ from hostler.host.context import Host
 from hostler.host.operation import Operation
 from hostler.host.roster import Roster
 from hostler.host.steps import Plan, Step, nothing
+from hostler.host.volume_operations import VOLUME_OPERATIONS
 from hostler.model.errors import HostlerError
 from hostler.model.job import Job, JobState, StepState
 from hostler.model.vm import CriticalReason, VmRecord, VmState
+from hostler.storage.claims import job_of
 from hostler.store.contract import Put, Transaction, Value
 
 log = structlog.get_logger()
@@ -47,7 +49,8 @@ class Adoption:
         self._host = host
         self._roster = roster
         self._operations = operations
-        self._recoveries = {"volume.create": host.volumes.recover, **(recoveries or {})}
+        on_volumes = dict.fromkeys(VOLUME_OPERATIONS, host.volumes.work.recover)
+        self._recoveries = {"volume.create": host.volumes.recover, **on_volumes, **(recoveries or {})}
         self._retrying: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -158,7 +161,7 @@ class Adoption:
         known = {*host.actors, *keep}
         for entry in await host.store.list("claim-of/"):
             vm_id = entry.key.removeprefix("claim-of/")
-            if vm_id not in host.actors:
+            if vm_id not in host.actors and not host.jobs.is_under_way(job_of(vm_id)):
                 await host.claims.release(vm_id)
         for actor in list(host.actors.values()):
             await self._one(actor.record.id, self._tidy_off(actor))

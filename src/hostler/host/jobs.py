@@ -122,6 +122,11 @@ class JobRunner:
             raise NotFound(f"job {job_id}", "is not known here", "list the known ones with 'hostler job list'")
         return job
 
+    def is_under_way(self, job_id: str | None) -> bool:
+        """Whether there is such a job and it has not ended."""
+        job = self._jobs.get(job_id) if job_id is not None else None
+        return job is not None and not job.is_over
+
     async def wait(self, job_id: str, timeout: float) -> Job:
         """The job when it has ended, or as it is after `timeout` seconds."""
         job = self.get(job_id)

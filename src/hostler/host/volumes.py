@@ -14,8 +14,10 @@ from hostler.host.jobs import JobRunner
 from hostler.host.pool_places import Places
 from hostler.host.pools import Pools
 from hostler.host.steps import JobContext, Plan, Step
+from hostler.host.volume_work import VolumeWork
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import InUse, InvalidInput, NotFound
+from hostler.model.image import ImageDetails, VolumeView
 from hostler.model.job import Job, Progress
 from hostler.model.names import check_name, nearest
 from hostler.model.pool import DEFAULT_POOL, source_of
@@ -27,7 +29,6 @@ from hostler.storage.claims import ClaimBook
 from hostler.storage.devices import inspect_device
 from hostler.storage.formats import open_regular, recognise
 from hostler.storage.qemu_img import OnProgress
-from hostler.storage.volumes import VolumeService
 
 log = structlog.get_logger()
 
@@ -37,14 +38,16 @@ class Volumes:
 
     def __init__(
         self,
-        service: VolumeService,
+        work: VolumeWork,
         claims: ClaimBook,
         jobs: JobRunner,
         events: EventHub,
         pools: Pools,
         places: Places,
     ) -> None:
-        self.service = service
+        self.work = work
+        self.users = work.tools.users
+        self.service = work.tools.changes.service
         self._pools = pools
         self._places = places
         self._claims = claims
@@ -57,9 +60,10 @@ class Volumes:
             await self._pools.named(pool)
         return [v for v in await self.service.list() if pool is None or v.pool == pool]
 
-    async def get(self, ref: str) -> Volume:
-        """The volume with that name or path."""
-        return await self.service.get(ref)
+    async def get(self, ref: str) -> VolumeView:
+        """The volume with that name or path, and who depends on it."""
+        volume = await self.service.get(ref)
+        return VolumeView(**dict(volume), users=await self.users.of(volume))
 
     async def create(self, request: VolumeCreate, by: str) -> Job:
         """Begin to make a volume; the job's result is the volume."""
@@ -135,13 +139,15 @@ class Volumes:
         log.info("volume.registered", name=volume.name, path=volume.path, by=by)
         return volume
 
-    async def inspect(self, path: str) -> Volume:
-        """What an image file is, whether or not it is a known volume."""
-        return await self.service.inspect(path)
+    async def inspect(self, path: str) -> ImageDetails:
+        """Everything about an image file, whether or not it is a known volume."""
+        return await self.work.inspect(path)
 
     async def delete(self, ref: str, by: str, keep_file: bool = False, dry_run: bool = False) -> Deleted:
-        """Forget a volume, and delete its file unless `keep_file`. InUse while a VM has it open."""
+        """Forget a volume, and delete its file unless `keep_file`. InUse while anything depends on it: a VM, also one
+        that is off, a layer on top of it, a checkpoint."""
         volume = await self.service.get(ref)
+        await self.users.require_none(volume)
         keep_file = keep_file or await self._places.stays(volume)
         outcome = Deleted(
             id=volume.name,

@@ -66,6 +66,11 @@ TABLE: dict[str, Rule] = {
     "POST /v1/volumes/inspect": _P.CONFIGURE,
     "GET /v1/volumes/{volume}": _P.VIEW,
     "DELETE /v1/volumes/{volume}": _P.CONFIGURE,
+    "GET /v1/volumes/{volume}/details": _P.VIEW,
+    "POST /v1/volumes/{volume}/checksum": _P.OPERATE,
+    "POST /v1/volumes/{volume}/validate": _P.CONFIGURE,
+    "POST /v1/volumes/{volume}/grow": _P.CONFIGURE,
+    "POST /v1/volumes/{volume}/shrink": _P.CONFIGURE,
     # pools
     "GET /v1/pools": _P.VIEW,
     # Makes paths of the host, and addresses it can reach, known to the platform: more than configuring VMs.

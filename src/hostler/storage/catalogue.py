@@ -58,6 +58,13 @@ class Catalogue:
         """The transaction that changes it."""
         return Transaction([self._table.put(row.id, volume)], [self._table.at(row.id, row.revision)])
 
+    def plan_move(self, row: Row[Volume], volume: Volume) -> Transaction:
+        """The transaction that changes it and gives it another path. CheckFailed at its commit also when that is taken
+        meanwhile."""
+        leave, enter = Delete(_path_key(row.value.path)), Put(_path_key(volume.path), {"name": row.id})
+        checks = [self._table.at(row.id, row.revision), Check(_path_key(volume.path), ABSENT)]
+        return Transaction([self._table.put(row.id, volume), leave, enter], checks)
+
     def plan_remove(self, row: Row[Volume]) -> Transaction:
         """The transaction that forgets it."""
         writes = [self._table.remove(row.id), Delete(_path_key(row.value.path))]

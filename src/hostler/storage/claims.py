@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
@@ -32,6 +32,8 @@ _TRIES = 20
 KEEPER = "(volume service)"
 """Holder of the claim that keeps a volume from being opened while it is deleted. No VM id has such characters."""
 
+_JOB = "(job "
+
 
 @dataclass(frozen=True, slots=True)
 class _Held:
@@ -40,6 +42,16 @@ class _Held:
     path: str
     claims: tuple[Claim, ...]
     revision: int
+
+
+def job_holder(job: str) -> str:
+    """The holder of the claims of a job that works on volumes themselves, without a VM."""
+    return f"{_JOB}{job})"
+
+
+def job_of(holder: str) -> str | None:
+    """The job behind a holder, None if it is no job."""
+    return holder.removeprefix(_JOB).removesuffix(")") if holder.startswith(_JOB) else None
 
 
 def thing_of(layer: DiskSource) -> str:
@@ -141,6 +153,16 @@ class ClaimBook:
             return
         raise _lost(vm)
 
+    async def hold(self, job: str, paths: Mapping[str, bool], generation: int = 0) -> None:
+        """Claim files for a job: for each path whether it writes. All or none; errors as `claim`, and Busy when another
+        job works on one. No VM can open what a job writes, nor write what it reads, until `let_go`."""
+        disks = [_as_disk(number, path, write) for number, (path, write) in enumerate(sorted(paths.items()))]
+        await self.claim(job_holder(job), disks, generation)
+
+    async def let_go(self, job: str) -> None:
+        """End `hold`. Harmless when nothing is held."""
+        await self.release(job_holder(job))
+
     async def on(self, path: str, identity: str = "") -> tuple[Claim, ...]:
         """The claims on the file, device or LUN with that name."""
         return (await self._held(real_path(path, identity))).claims
@@ -163,12 +185,20 @@ class ClaimBook:
         return Delete(_key(real_path(path)))
 
     def refuse(self, claims: Sequence[Claim], subject: str) -> None:
-        """Raises InUse naming the first holder, if there is one."""
+        """Raises InUse naming the first holder, if there is one; Busy if it is a job."""
         if not claims:
             return
         holder = claims[0]
         if holder.vm == KEEPER:
             raise NotFound(subject, "is being deleted", "choose another one")
+        job = job_of(holder.vm)
+        if job is not None:
+            raise Busy(
+                subject,
+                f"a job works on it ({job[:8]})",
+                f"wait for it with 'hostler job watch {job[:8]}', or cancel it",
+                job=job,
+            )
         raise InUse(
             subject,
             f"is disk {holder.disk} of VM {self._name_of(holder.vm)}",
@@ -200,6 +230,10 @@ class ClaimBook:
     async def _listed(self, vm: str) -> tuple[tuple[str, ...], int]:
         entry: Entry | None = await self._store.get(_list_key(vm))
         return (_PATHS.validate_python(entry.value["paths"]), entry.revision) if entry else ((), ABSENT)
+
+
+def _as_disk(number: int, path: str, write: bool) -> Disk:
+    return Disk(id=f"volume{number}", source=DiskSource(path=path), read_only=not write)
 
 
 def _key(path: str) -> str:

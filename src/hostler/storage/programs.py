@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from hostler.model.errors import HostLacks, TimedOut
@@ -42,6 +42,14 @@ class Outcome:
     err: str
 
 
+class Failed(Exception):
+    """A program whose output was being read ended with an error; its user knows what that means."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        super().__init__(outcome.err)
+
+
 async def run(
     argv: Sequence[str], subject: str, deadline: float | None, bounds: Bounds = Bounds(), on_text: OnText | None = None
 ) -> Outcome:
@@ -65,6 +73,39 @@ async def run(
     if status in NOT_RUN and "failed to execute" in err:
         raise _lacks(argv[0])
     return Outcome(status, out, err)
+
+
+async def lines(argv: Sequence[str], subject: str, bounds: Bounds = Bounds()) -> AsyncGenerator[str, None]:
+    """Its standard output, line by line as it is read; whoever stops reading ends it. At its end Failed when it did not
+    succeed. A line has at most 64 KiB. Errors and guarantees as `run`; close the iterator (aclosing) to be sure."""
+    process = await _spawn(argv, bounds)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.create_task(_read(process.stderr, None))
+    try:
+        while line := await process.stdout.readline():
+            yield line.decode("utf-8", "replace")
+        status, err = await process.wait(), await errors
+    except ValueError as error:
+        raise Failed(Outcome(1, "", f"{argv[0]} wrote a line without an end")) from error
+    finally:
+        errors.cancel()
+        await asyncio.gather(errors, return_exceptions=True)
+        await asyncio.shield(_end(process))
+    if status in NOT_RUN and "failed to execute" in err:
+        raise _lacks(argv[0])
+    if status:
+        raise Failed(Outcome(status, "", err))
+
+
+@asynccontextmanager
+async def running(argv: Sequence[str], bounds: Bounds = Bounds()) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The program while the block runs; dead afterwards."""
+    process = await _spawn(argv, bounds)
+    try:
+        yield process
+    finally:
+        await asyncio.shield(_end(process))
 
 
 async def _spawn(argv: Sequence[str], bounds: Bounds) -> asyncio.subprocess.Process:

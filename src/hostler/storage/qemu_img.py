@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import (
@@ -47,6 +48,10 @@ LOOK_BOUNDS = programs.Bounds(memory=1024**3, cpu=20)
 COPY_BOUNDS = programs.Bounds(memory=4 * 1024**3)
 """Address space of a check or a conversion, which also start up to 64 threads with 8 MiB of stack each."""
 
+NO_CHECK = 63
+"""How `qemu-img check` ends for a format that has no check."""
+_COUNTS = ("corruptions", "check-errors", "leaks", "corruptions-fixed", "leaks-fixed")
+
 PART = ".hostler-part"
 """Ending of temporary names."""
 
@@ -75,6 +80,15 @@ class ImageInfo:
     corrupt: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a check found, in clusters: what is wrong, what is lost space only, and how much of it was put right."""
+
+    errors: int
+    leaks: int
+    repaired: int
+
+
 class QemuImg:
     """The program `binary`. Paths must be absolute: qemu-img takes "nbd:..." or "json:..." for something else."""
 
@@ -100,6 +114,39 @@ class QemuImg:
             errors = json.loads(outcome.out)["corruptions"]
             raise BadImage(
                 f"image {path}", f"qemu-img found {errors} errors in it", "restore it from a backup", errors=errors
+            )
+        raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
+
+    def map_command(self, path: str, format: ImageFormat) -> Sequence[str]:
+        """The command that prints where the content of an image is, a line of JSON for each piece. It opens no backing
+        file, and not what a running QEMU writes."""
+        return [self._binary, "map", "--output=json", *source_options(path, format)]
+
+    async def describe(self, path: str, format: ImageFormat) -> dict[str, Any]:
+        """All that `qemu-img info` says of an image. Errors as `info`."""
+        argv = [self._binary, "info", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
+        outcome = await programs.run(argv, f"image {path}", LOOK, LOOK_BOUNDS)
+        if outcome.status != 0:
+            raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
+        _info(path, outcome.out)
+        found: dict[str, Any] = json.loads(outcome.out)
+        return found
+
+    async def examine(self, path: str, format: ImageFormat, repair: str | None = None) -> Check | None:
+        """Check an image that nobody uses. `repair`: "leaks" or "all", what to put right. None for formats QEMU has no
+        check of (VHD, raw). BadImage when it cannot even be opened, InUse."""
+        argv = [self._binary, "check", "--output=json", "-f", QEMU_DRIVER[format]]
+        argv += [] if repair is None else ["-r", repair]
+        outcome = await programs.run([*argv, "--", path], f"image {path}", None, COPY_BOUNDS)
+        if outcome.status == NO_CHECK:
+            return None
+        with suppress(ValueError, TypeError, AttributeError):
+            found = json.loads(outcome.out)
+            numbers = {key: int(found.get(key, 0)) for key in _COUNTS}
+            return Check(
+                errors=numbers["corruptions"] + numbers["check-errors"],
+                leaks=numbers["leaks"],
+                repaired=numbers["corruptions-fixed"] + numbers["leaks-fixed"],
             )
         raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
 
@@ -158,14 +205,13 @@ class QemuImg:
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)
 
-    async def resize(self, path: str, format: ImageFormat, size: int) -> None:
-        """Make a raw or qcow2 image larger. BadImage for the other formats, which QEMU cannot resize."""
+    async def resize(self, path: str, format: ImageFormat, size: int, shrink: bool = False) -> None:
+        """Give a raw or qcow2 image another size; a smaller one only with `shrink`. BadImage for the other formats,
+        which QEMU cannot resize (see `hostler.storage.resizing`)."""
         if format not in (ImageFormat.RAW, ImageFormat.QCOW2):
-            raise BadImage(
-                f"image {path}", f"QEMU cannot resize a {format}", "make a larger volume from it (volume create --from)"
-            )
-        argv = [self._binary, "resize", "-q", "-f", QEMU_DRIVER[format], "--", path, str(size)]
-        outcome = await programs.run(argv, f"image {path}", QUICK)
+            raise BadImage(f"image {path}", f"QEMU cannot resize a {format}", "hostler volume grow does")
+        argv = [self._binary, "resize", "-q", "-f", QEMU_DRIVER[format], *(["--shrink"] if shrink else [])]
+        outcome = await programs.run([*argv, "--", path, str(size)], f"image {path}", QUICK)
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent)
 
@@ -262,6 +308,11 @@ def _sync(path: str) -> None:
 
 def _taken(path: str) -> AlreadyExists:
     return AlreadyExists(f"file {path}", "exists already; files are never overwritten", "choose another name or path")
+
+
+def source_options(source: str, format: ImageFormat) -> Sequence[str]:
+    """How qemu-img and qemu-nbd are told what to read: options, then the name."""
+    return [*_source(source, format), "--", _named(source, format)]
 
 
 def _source(source: str, format: ImageFormat) -> Sequence[str]:

@@ -49,7 +49,7 @@ class VolumeService:
     ) -> None:
         self._store = store
         self._directory = directory
-        self._limits = limits
+        self.limits = limits
         self._claims = claims or ClaimBook(store)
         self._image = image or QemuImg()
         self._catalogue = Catalogue(store)
@@ -226,13 +226,7 @@ class VolumeService:
         """Refuse nonsense before anything is done; the path of the new file."""
         check_name("volume", name)
         subject = f"volume {name}"
-        if size <= 0 or size % SECTOR:
-            near = max(SECTOR, size + -size % SECTOR)
-            raise InvalidInput(
-                subject, f"a size of {size} bytes is not a number of whole sectors", f"for example {near}"
-            )
-        limit = "vhd_size" if format in (ImageFormat.VHD, ImageFormat.VHD_FIXED) else "volume_size"
-        self._limits.refuse_above(subject, limit, size, "the size")
+        check_size(self.limits, subject, size, format)
         if path is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             path = str(self._directory / (name + SUFFIX[format]))
@@ -343,6 +337,15 @@ class VolumeService:
             raise BadImage(f"image {path}", "QEMU has marked it as corrupt", "restore it from a backup")
         size = shape.size if shape.format is ImageFormat.VHD_FIXED else info.virtual_size
         return Shape(shape.format, size, shape.allocated)
+
+
+def check_size(limits: Limits, subject: str, size: int, format: ImageFormat) -> None:
+    """InvalidInput for a size that is no number of whole sectors, LimitExceeded for one above the format's."""
+    if size <= 0 or size % SECTOR:
+        near = max(SECTOR, size + -size % SECTOR)
+        raise InvalidInput(subject, f"a size of {size} bytes is not a number of whole sectors", f"for example {near}")
+    limit = "vhd_size" if format in (ImageFormat.VHD, ImageFormat.VHD_FIXED) else "volume_size"
+    limits.refuse_above(subject, limit, size, "the size")
 
 
 def _observe(volume: Volume) -> Volume:

@@ -15,9 +15,10 @@ from hostler.cluster.migrations import settings_of
 from hostler.host.operation import Operation, Params
 from hostler.host.operations import OPERATIONS
 from hostler.host.steps import Plan, Step
+from hostler.host.volume_operations import VOLUME_OPERATIONS
 from hostler.model.disk import ImageFormat
 from hostler.model.job import Job, JobState
-from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate, VolumeCreate
+from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate, VolumeCreate, VolumeRegister
 from hostler.model.transfer import ImportRequest
 from hostler.model.units import MiB
 from hostler.model.vm import VmRecord
@@ -104,6 +105,8 @@ class Scenario:
         if self.kind in _WITHOUT_VM:
             plan = await _WITHOUT_VM[self.kind](node)
             return await node.application.jobs.start(_changed(plan, change), "test")
+        if self.kind in VOLUME_OPERATIONS:
+            return await node.application.volume_work.begin(self.kind, "data", self.params, "test", change)
         host, actor = node.application.host, node.application.host.actor(VM)
         operation, params = _operation(node, self.kind), await self._params(node)
         steps = change(operation.steps(host, actor, params))
@@ -159,6 +162,13 @@ async def _disk(node: Node) -> Any:
 
 async def act(node: Node, action: str) -> None:
     """Do one thing to the VM, and see that it worked."""
+    if action == "volume":  # with data, then zeroes that take space, then a hole
+        path = Path(node.site.image("data.img", size=4 * MiB))
+        path.write_bytes(b"x" * MiB + bytes(MiB))
+        os.truncate(path, 4 * MiB)
+        known = VolumeRegister(name="data", path=str(path), format=ImageFormat.RAW)
+        await node.application.volumes.register(known, "test")
+        return
     if action == "attach":
         request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW)
         job = await node.application.vms.attach_disk(VM, request, "test")
@@ -219,6 +229,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario("volume.create", ("create",)),
     Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
+    Scenario("volume.checksum", ("read",), ("volume",), forward_from=NEVER),
+    Scenario("volume.validate", ("check",), ("volume",), forward_from=NEVER),
+    Scenario("volume.repair", ("check",), ("volume",), {"repair": True}, forward_from=NEVER),
+    Scenario("volume.grow", ("change",), ("volume",), {"size": 8 * MiB}, forward_from="change:before", insists=True),
+    Scenario(
+        "volume.shrink", ("look", "change"), ("volume",), {"size": 2 * MiB}, forward_from="change:before", insists=True
+    ),
 )
 """One for each kind of job there is."""
 
@@ -264,7 +281,7 @@ async def _of_node(node: Node) -> dict[str, object]:
     host = node.application.host
     return {
         "vms": [await _of_vm(node, a.record) for a in sorted(host.actors.values(), key=lambda a: a.record.name)],
-        "volumes": [(v.name, v.state) for v in await node.application.volumes.list()],
+        "volumes": [(v.name, v.state, v.format, v.size, v.generation) for v in await node.application.volumes.list()],
         "files": sorted(p.name for p in host.paths.volumes.glob("*")),
         "scratch": sorted(p.name for p in host.paths.state_dir.glob("scratch/*")),
         "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from hostler.cli import completing, options, output, parsing, views
+from hostler.cli import completing, options, output, parsing, views, volume_views
 from hostler.cli.lazy import Command, LazyGroup
 from hostler.cli.settings import Settings
 from hostler.cli.waiting import run_job
 from hostler.client import calls
 
-NAMES = ("list", "show", "create", "import", "register", "inspect", "delete")
+NAMES = ("list", "show", "create", "import", "register", "delete")
+WORK = ("inspect", "validate", "checksum", "grow", "shrink")
 FORMAT = click.option("--format", type=click.Choice(parsing.FORMATS), help="Format of the volume [qcow2].")
 WHERE = click.option("--path", metavar="PATH", help="Where its file goes (default: into the pool).")
 POOL = click.option(
@@ -18,7 +19,10 @@ POOL = click.option(
 )
 
 
-@click.group("volume", cls=LazyGroup, lazy={name: f"volume:{name}_" for name in NAMES})
+_LAZY = {**{name: f"volume:{name}_" for name in NAMES}, **{name: f"volume_work:{name}_" for name in WORK}}
+
+
+@click.group("volume", cls=LazyGroup, lazy=_LAZY)
 def group() -> None:
     """Volumes: disk images in all formats. VOLUME is a name."""
 
@@ -35,8 +39,12 @@ def list_(settings: Settings, pool: str | None) -> None:
 @options.VOLUME
 @click.pass_obj
 def show_(settings: Settings, volume: str) -> None:
-    """Show a volume."""
-    output.show(settings, settings.client.raw(calls.volume(volume)), views.volume)
+    """Show a volume, and what depends on it."""
+    output.show(settings, settings.client.raw(calls.volume(volume)), _with_users)
+
+
+def _with_users(found: views.Json) -> views.Facts:
+    return views.Facts(views.volume(found).facts, (volume_views.users(found),))
 
 
 @click.command("create", cls=Command)
@@ -110,17 +118,6 @@ def register_(settings: Settings, name: str, path: str, format: str | None) -> N
     place = parsing.absolute(path)
     request = parsing.request(VolumeRegister, f"volume {name!r}", name=name, path=place, format=format)
     output.show(settings, settings.client.raw(calls.volume_register(request)), views.volume)
-
-
-@click.command("inspect", cls=Command)
-@click.argument("path")
-@click.pass_obj
-def inspect_(settings: Settings, path: str) -> None:
-    """Look into an image on the host without making it a volume."""
-    from hostler.model.requests import InspectRequest  # noqa: PLC0415
-
-    request = parsing.request(InspectRequest, f"image {path!r}", path=parsing.absolute(path))
-    output.show(settings, settings.client.raw(calls.volume_inspect(request)), views.volume)
 
 
 @click.command("delete", cls=Command)

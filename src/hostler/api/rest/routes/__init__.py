@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from hostler.api.rest.routes import consoles, devices, events, hosts, imports, jobs, peers, pools, tokens, vms, volumes
+from hostler.api.rest.routes import (
+    consoles,
+    devices,
+    events,
+    hosts,
+    imports,
+    jobs,
+    peers,
+    pools,
+    tokens,
+    vms,
+    volume_work,
+    volumes,
+)
 
 ROUTERS: tuple[APIRouter, ...] = (
     hosts.router,
@@ -12,6 +25,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     devices.router,
     consoles.router,
     volumes.router,
+    volume_work.router,
     pools.router,
     imports.router,
     jobs.router,

@@ -10,6 +10,7 @@ from hostler.api.rest.guard import noun_router
 from hostler.api.rest.routes.vms import DryRun
 from hostler.api.rest.routes.waiting import JOB_ANSWERS, Answer
 from hostler.api.rest.state import App, By
+from hostler.model.image import ImageDetails, VolumeView
 from hostler.model.job import Job
 from hostler.model.requests import InspectRequest, VolumeCreate, VolumeRegister
 from hostler.model.views import Deleted
@@ -41,14 +42,14 @@ async def register_volume(request: VolumeRegister, app: App, by: By) -> Volume:
 
 
 @router.post("/volumes/inspect")
-async def inspect_image(request: InspectRequest, app: App) -> Volume:
-    """What an image file is. Changes nothing."""
+async def inspect_image(request: InspectRequest, app: App) -> ImageDetails:
+    """Everything about an image file. Changes nothing."""
     return await app.volumes.inspect(request.path)
 
 
 @router.get("/volumes/{volume}")
-async def get_volume(volume: VolumeRef, app: App) -> Volume:
-    """One volume."""
+async def get_volume(volume: VolumeRef, app: App) -> VolumeView:
+    """One volume, and who depends on it."""
     return await app.volumes.get(volume)
 
 

@@ -1,0 +1,89 @@
+"""Growing and shrinking, in place.
+
+The last step changes the file and records it. It may be repeated wherever it was interrupted: each way of changing a
+file leaves the old or the new image, and goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hostler.host.steps import JobContext, Step
+from hostler.host.volume_operations.base import Params, Tools, VolumeOperation, shown
+from hostler.model.errors import InvalidInput
+from hostler.model.job import Progress
+from hostler.model.units import format_size
+from hostler.model.volume import Volume
+from hostler.storage.resizing import Obstacles, look_behind, resize
+from hostler.storage.volumes import check_size
+
+
+def _change(tools: Tools, volume: Volume, size: int) -> Step:
+    begun: list[bool] = []
+    """One when the file may be changed, two when that is recorded."""
+
+    async def do(context: JobContext) -> None:
+        context.no_return()
+        context.progress(Progress(text="changing its size"))
+        if not await tools.changes.is_done(volume):
+            begun.append(True)
+            await resize(tools.changes.image, volume.path, volume.format, volume.size, size)
+        changed = await tools.changes.record(volume)
+        begun[:] = [True, True]
+        await tools.finish(context, volume, changed)
+
+    async def undo(_context: JobContext) -> None:
+        if begun and not await tools.changes.is_done(volume):
+            await resize(tools.changes.image, volume.path, volume.format, size, volume.size)
+
+    return Step("change", do, undo, insist=lambda: len(begun) > 1)
+
+
+def _grow(tools: Tools, volume: Volume, params: Params) -> Sequence[Step]:
+    return (_change(tools, volume, int(str(params["size"]))),)
+
+
+def _shrink(tools: Tools, volume: Volume, params: Params) -> Sequence[Step]:
+    size = int(str(params["size"]))
+
+    async def look(context: JobContext) -> None:
+        found = await obstacles(context)
+        if not params.get("discard_data"):
+            found.refuse(volume.name, size)
+        if params.get("dry_run"):
+            context.result({"name": volume.name, "size": size, "obstacles": list(found.texts)})
+
+    async def obstacles(context: JobContext) -> Obstacles:
+        async with tools.changes.open(volume) as content:
+            return await look_behind(content, size, shown(context, "looking at its end"))
+
+    steps = (Step("look", look),)
+    return steps if params.get("dry_run") else (*steps, _change(tools, volume, size))
+
+
+async def _may_grow(tools: Tools, volume: Volume, params: Params) -> None:
+    await tools.users.require_alone(volume)
+    size = int(str(params["size"]))
+    check_size(tools.changes.service.limits, f"volume {volume.name}", size, volume.format)
+    if size <= volume.size:
+        raise InvalidInput(
+            f"size {format_size(size)}",
+            f"is not more than the {volume.size} bytes volume {volume.name} has",
+            "give a larger size; 'hostler volume shrink' makes it smaller",
+        )
+
+
+async def _may_shrink(tools: Tools, volume: Volume, params: Params) -> None:
+    await tools.users.require_alone(volume)
+    size = int(str(params["size"]))
+    check_size(tools.changes.service.limits, f"volume {volume.name}", size, volume.format)
+    if size >= volume.size:
+        raise InvalidInput(
+            f"size {format_size(size)}",
+            f"is not less than the {volume.size} bytes volume {volume.name} has",
+            "give a smaller size; 'hostler volume grow' makes it larger",
+        )
+
+
+GROW = VolumeOperation("volume.grow", _grow, writes=True, check=_may_grow)
+SHRINK = VolumeOperation("volume.shrink", _shrink, writes=True, check=_may_shrink)
