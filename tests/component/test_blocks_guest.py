@@ -3,126 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
+from writing_guest import WAIT, Guest, run, until, writing_guest
 
+from hostler.host.resources import base_of
 from hostler.model.disk import Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
 from hostler.model.errors import GuestRefused, InvalidInput, NotFound
-from hostler.model.machine import LaunchSpec, RunStatus
+from hostler.model.machine import MigrationEnd, RunStatus
+from hostler.model.migration import MigrationSettings
 from hostler.model.units import MiB
-from hostler.model.vm import KernelBoot
-from hostler.qemu.machine import QemuMachine
-from hostler.storage.exports import Exports
-from hostler.testing import microguest
-from hostler.testing.guestclient import GuestSerial
-from hostler.testing.machines import Rig
 
 pytestmark = pytest.mark.component
-
-SIZE = 16 * MiB
-SEED = 41
-WAIT = 60.0
-
-
-@dataclass
-class Guest:
-    """A running guest whose disk "data" is under a journal, and what is below it."""
-
-    rig: Rig
-    spec: LaunchSpec
-    machine: QemuMachine
-    serial: GuestSerial
-    disk: Disk
-    exports: Exports
-    images: list[DiskSource] = field(default_factory=list)
-
-    async def image(self, format: ImageFormat = ImageFormat.QCOW2, backing: DiskSource | None = None) -> DiskSource:
-        token = secrets.token_hex(3)
-        made = await self.rig.image(f"{token}.img", format, SIZE)
-        return made.but(node=token, backing=backing)
-
-    async def push(self) -> None:
-        self.disk = self.disk.but(source=await self.image(backing=self.disk.source))
-        await self.machine.blocks.push([self.disk])
-
-    async def commit(self, top: int, base: int) -> None:
-        chain = list(self.disk.source.layers())
-        blocks = self.machine.blocks
-        await blocks.commit("merge", self.disk, chain[top], chain[base])
-        if top == 0:
-            await self.switch("merge")
-        else:
-            await blocks.watch("merge")
-        await blocks.forget("merge")
-        self.disk = self.disk.but(source=without(self.disk.source, top, base))
-
-    async def mirror(self, target: DiskSource, export: str | None = None) -> None:
-        await self.machine.blocks.mirror("move", self.disk, target, export)
-        await self.switch("move")
-        await self.machine.blocks.forget("move")
-        self.disk = self.disk.but(source=target)
-
-    async def switch(self, job: str) -> None:
-        await self.machine.blocks.watch(job, until_ready=True)
-        await self.machine.stop()
-        await self.machine.blocks.finish(job)
-        await self.machine.run()
-
-    async def writes_on(self) -> None:
-        """Until the guest has written some more."""
-        before = (await self.serial.pattern_status()).acked
-        async with asyncio.timeout(WAIT):
-            while (status := await self.serial.pattern_status()).acked < before + 5:
-                assert status.errno == 0
-                await asyncio.sleep(0.02)
-
-    async def check(self) -> None:
-        """Everything is there: the still part, and the journal up to its last block."""
-        await self.serial.pattern_stop()
-        reading = await self.serial.pattern_verify("data", SEED)
-        assert reading.sound, reading
-        assert (await self.serial.verify("data", 7, 4 * MiB, 8 * MiB)).bad_sectors == 0
-        await self.serial.pattern_start("data", SEED, 1 * MiB)
-
-
-def without(source: DiskSource, top: int, base: int) -> DiskSource:
-    chain = list(source.layers())
-    new = chain[base]
-    for layer in reversed(chain[:top]):
-        new = layer.but(backing=new)
-    return new
 
 
 @pytest.fixture
 async def guest(request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
-    format: ImageFormat = getattr(request, "param", ImageFormat.QCOW2)
-    kept = microguest.build()
-    kernel = KernelBoot(kernel=str(kept.kernel), initrd=str(kept.initrd), cmdline=kept.cmdline)
-    exports = Exports()
-    async with Rig() as rig:
-        source = await rig.image("data.img", format, SIZE)
-        disk = Disk(id="data", source=source, serial="data")
-        spec = rig.spec(kernel=kernel, memory=192 * MiB, disks=(disk,), scsi_controllers=4)
-        served = {}
-        if source.exported:
-            Path(spec.run_dir).mkdir()
-            served = {"data": await exports.start(spec.run_dir, disk)}
-        try:
-            machine = await rig.launch(spec.but(exports=served))
-            await machine.run()
-            async with GuestSerial.unix(f"{spec.run_dir}/serial.sock") as serial:
-                await serial.wait_ready(90)
-                made = Guest(rig, spec, machine, serial, disk, exports)
-                await serial.write("data", 7, 4 * MiB, 8 * MiB)
-                await serial.pattern_start("data", SEED, 1 * MiB)
-                yield made
-        finally:
-            await rig.hypervisor.kill_leftovers(spec.config.id, spec.run_dir)
-            await exports.stop_all(spec.run_dir)
+    async with writing_guest(getattr(request, "param", ImageFormat.QCOW2)) as made:
+        yield made
 
 
 async def between(guest: Guest, *steps: Callable[[], Awaitable[None]]) -> None:
@@ -143,6 +42,9 @@ async def test_layers_come_and_go_under_a_writing_guest(guest: Guest) -> None:
     await guest.push()
     target = await guest.image()
     await between(guest, lambda: guest.mirror(target))
+    served = await guest.image(ImageFormat.VHDX)
+    socket = await guest.export(guest.disk.but(source=served))
+    await between(guest, lambda: guest.mirror(served, socket))
     raw = await guest.image(ImageFormat.RAW)
     await between(guest, lambda: guest.mirror(raw))
     await between(guest, guest.push, guest.push)
@@ -192,22 +94,6 @@ async def copied(
 
 async def compare(one: DiskSource, other: DiskSource) -> None:
     await run("qemu-img", "compare", "-f", one.format.value, "-F", other.format.value, one.path, other.path)
-
-
-async def run(*argv: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    output, _ = await process.communicate()
-    assert process.returncode == 0, output.decode()
-
-
-async def until(done: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(WAIT):
-        while True:
-            if await done():
-                return
-            await asyncio.sleep(0.02)
 
 
 async def size_seen(guest: Guest, size: int) -> None:
@@ -317,3 +203,45 @@ async def test_all_256_disks_are_seen(guest: Guest) -> None:
     assert len(await guest.machine.attached_disks()) == 256
     assert await guest.machine.status() is RunStatus.RUNNING
     await guest.check()
+
+
+@pytest.mark.parametrize("guest", [ImageFormat.VHD], indirect=True)
+async def test_a_chain_moves_with_its_guest(guest: Guest) -> None:
+    """Three layers, the lowest one served over NBD, and a dirty bitmap: to another QEMU and back into a file."""
+    await guest.machine.blocks.limit("data", IoLimits(iops=5000))
+    await guest.push()
+    await guest.machine.blocks.add_bitmaps([guest.disk], "day")
+    above = guest.disk.but(source=await guest.image(backing=guest.disk.source))
+    await guest.machine.blocks.push([above], {"data": ["day"]})
+    guest.disk = above
+    marked = (await guest.machine.blocks.bitmaps(guest.disk))["day"]
+    await move(guest)
+    await guest.check()
+    assert (await guest.machine.blocks.bitmaps(guest.disk))["day"] >= marked
+    state = guest.rig.path / "state"
+    await guest.machine.save_to(str(state), lambda _: None)
+    await guest.machine.quit()
+    guest.machine = await guest.rig.launch(await guest.at(guest.spec.run_dir, incoming=True))
+    await guest.exports.open_image(guest.spec.run_dir, base_of(guest.disk))
+    await guest.machine.load_from(str(state))
+    await guest.machine.run()
+    assert (await guest.machine.blocks.bitmaps(guest.disk))["day"] >= marked
+    await guest.check()
+    await between(guest, lambda: guest.commit(0, 1))
+    assert (await guest.machine.blocks.bitmaps(guest.disk))["day"] >= marked
+
+
+async def move(guest: Guest) -> None:
+    """To another QEMU, as the hosts do it."""
+    here, there = guest.spec.run_dir, f"{guest.rig.path}/b.run"
+    target = await guest.rig.launch(await guest.at(there, incoming=True))
+    address = await target.listen(MigrationSettings(), "ab" * 32, "127.0.0.1")
+    result = await guest.machine.migrate_to(address, MigrationSettings(), "ab" * 32, lambda _: None)
+    assert result.end is MigrationEnd.COMPLETED
+    await guest.exports.close_image(here, base_of(guest.disk))
+    await guest.exports.open_image(there, base_of(guest.disk))
+    await target.run()
+    await guest.machine.quit()
+    await guest.exports.stop_all(here)
+    guest.machine, guest.spec = target, guest.spec.but(run_dir=there)
+    guest.serial.move_to(f"{there}/serial.sock")
