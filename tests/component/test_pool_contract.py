@@ -6,8 +6,8 @@ import asyncio
 import os
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,14 @@ from hostler.storage.pools import filesystem, lane
 from hostler.storage.pools.contract import PoolDriver
 from hostler.storage.pools.drivers import driver_of
 from hostler.testing.dead_mount import available, dead_mount
+from hostler.testing.targets import Authority, IscsiTarget, NbdServer
 
 pytestmark = pytest.mark.component
 
 SIZE = 16 * MiB
+CHAP = ("vms", "hush-hush-hush")
+ME = "iqn.2020-01.com.example:me"
+TLS_FILES = {"ca": "ca-cert.pem", "certificate": "client-cert.pem", "key": "client-key.pem"}
 
 
 def system(*words: object) -> tuple[int, str]:
@@ -37,18 +41,16 @@ def system(*words: object) -> tuple[int, str]:
 
 @dataclass
 class Subject:
-    """A pool with two things of SIZE in it that can be volumes. `lose`: its storage goes away."""
+    """A pool with two things of SIZE in it that can be volumes, and the path of one that is not there. `lose`: its
+    storage goes away."""
 
     driver: PoolDriver
     paths: tuple[str, str]
+    absent: str
     lose: Callable[[], None]
 
-    def again(self) -> PoolDriver:
-        """As a daemon that was restarted has it."""
-        return driver_of(self.driver.pool, PoolSecrets())
 
-
-async def directory_subject(_stack: AsyncExitStack, base: Path) -> Subject:
+def directory_subject(_stack: ExitStack, base: Path) -> Subject:
     place = base / "pool"
     place.mkdir()
     files = (place / "a.raw", place / "b.raw")
@@ -56,10 +58,10 @@ async def directory_subject(_stack: AsyncExitStack, base: Path) -> Subject:
         file.touch()
         os.truncate(file, SIZE)
     pool = Pool(name="p", kind=PoolKind.DIRECTORY, path=str(place))
-    return Subject(driver_of(pool, PoolSecrets()), (str(files[0]), str(files[1])), lambda: place.rename(base / "away"))
+    return file_subject(pool, place, files)
 
 
-async def library_subject(_stack: AsyncExitStack, base: Path) -> Subject:
+def library_subject(_stack: ExitStack, base: Path) -> Subject:
     place = base / "media"
     place.mkdir()
     files = (place / "a.iso", place / "b.iso")
@@ -67,16 +69,51 @@ async def library_subject(_stack: AsyncExitStack, base: Path) -> Subject:
         file.write_bytes(b"\0" * 32_769 + b"CD001")
         os.truncate(file, SIZE)
     pool = Pool(name="p", kind=PoolKind.LIBRARY, path=str(place))
-    return Subject(driver_of(pool, PoolSecrets()), (str(files[0]), str(files[1])), lambda: place.rename(base / "away"))
+    return file_subject(pool, place, files)
 
 
-KINDS = {"directory": directory_subject, "library": library_subject}
+def file_subject(pool: Pool, place: Path, files: tuple[Path, Path]) -> Subject:
+    def lose() -> None:
+        place.rename(place.with_name("away"))
+
+    paths = (str(files[0]), str(files[1]))
+    return Subject(driver_of(pool, PoolSecrets()), paths, str(place / f"none{files[0].suffix}"), lose)
+
+
+def iscsi_subject(stack: ExitStack, base: Path) -> Subject:
+    target = stack.enter_context(IscsiTarget(base / "t", CHAP))
+    first, second = target.add(SIZE), target.add(SIZE)
+    pool = Pool(
+        name="p", kind=PoolKind.ISCSI, portals=target.portals, target=target.name, initiator=ME, chap_user=CHAP[0]
+    )
+    driver = driver_of(pool, PoolSecrets(chap_secret=CHAP[1]))
+    return Subject(driver, (target.url(first), target.url(second)), target.url(99), target.kill)
+
+
+def nbd_subject(stack: ExitStack, base: Path) -> Subject:
+    authority = Authority(base / "ca")
+    server = stack.enter_context(NbdServer(base / "n", authority))
+    server.add("a", SIZE)
+    server.add("b", SIZE)
+    server.start()
+    pool = Pool(name="p", kind=PoolKind.NBD, portals=(server.portal,), tls=True)
+    driver = driver_of(pool, secrets_in(authority.client()))
+    urls = [f"nbd://{server.portal}/{name}" for name in ("a", "b", "none")]
+    return Subject(driver, (urls[0], urls[1]), urls[2], server.kill)
+
+
+def secrets_in(directory: Path) -> PoolSecrets:
+    texts = {field: (directory / name).read_text() for field, name in TLS_FILES.items()}
+    return PoolSecrets.model_validate(texts)
+
+
+KINDS = {"directory": directory_subject, "library": library_subject, "iscsi": iscsi_subject, "nbd": nbd_subject}
 
 
 @pytest.fixture(params=KINDS)
-async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Subject]:
-    async with AsyncExitStack() as stack:
-        yield await KINDS[request.param](stack, tmp_path)
+def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
+    with ExitStack() as stack:
+        yield KINDS[request.param](stack, tmp_path)
 
 
 def volume(subject: Subject, path: str) -> Volume:
@@ -102,15 +139,15 @@ async def test_one_thing_is_found_by_its_path(subject: Subject) -> None:
     [same] = [f for f in (await subject.driver.scan(frozenset())).found if f.path == subject.paths[0]]
     assert (found.identity, found.kind) == (same.identity, same.kind)
     with pytest.raises(NotFound):
-        await subject.driver.find(subject.paths[0].replace("/a", "/none"))
+        await subject.driver.find(subject.absent)
 
 
 async def test_which_volumes_are_there(subject: Subject) -> None:
-    here, gone = volume(subject, subject.paths[0]), volume(subject, subject.paths[0].replace("/a", "/none"))
+    here, gone = volume(subject, subject.paths[0]), volume(subject, subject.absent)
     there = await subject.driver.present([here, gone])
     assert set(there) == {here.path}
     assert there[here.path].size == SIZE
-    assert await subject.driver.allocated([here, gone]) <= SIZE
+    assert await subject.driver.allocated([here]) <= SIZE
 
 
 async def test_looking_changes_nothing(subject: Subject) -> None:
@@ -133,9 +170,9 @@ async def test_a_pool_that_is_gone_says_so_and_comes_back(subject: Subject) -> N
     subject.lose()
     health = await subject.driver.check()
     assert health.state is PoolState.UNREACHABLE and health.text
-    with pytest.raises((NotFound, TimedOut)):
+    with pytest.raises((NotFound, TimedOut, OSError)):
         await subject.driver.scan(frozenset())
-    with pytest.raises((NotFound, TimedOut)):
+    with pytest.raises((NotFound, TimedOut, OSError)):
         await subject.driver.present([volume(subject, subject.paths[0])])
 
 

@@ -18,7 +18,7 @@ from hostler.identity.authorize import TABLE
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
 from hostler.model.migration import IncomingRequest, MigrationSettings
-from hostler.model.pool import PoolChange, PoolCreate, PoolScan
+from hostler.model.pool import Discover, PoolChange, PoolCreate, PoolScan
 from hostler.model.requests import (
     DiskAdd,
     InspectRequest,
@@ -212,6 +212,7 @@ def every_call() -> list[calls.Call[Any]]:
         calls.import_inspect(ImportRequest(path="/e")),
         calls.import_run(ImportRequest(path="/e")),
         calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),
+        calls.pool_discover(Discover(portals=("h:1",))),
         calls.host_join(JoinRequest(invitation="i")), calls.host_remove(host), calls.jobs(), calls.job(job),
         calls.job_cancel(job), calls.tokens(), calls.token_create(TokenCreate(name="t")), calls.token_revoke(token),
         calls.version(), calls.peer_facts(), calls.peer_check(request), calls.peer_prepare(request),

@@ -36,6 +36,8 @@ PROGRAMS = {
     "vhdiinfo": "libvhdi-utils",
     "shellcheck": "shellcheck",
     "swtpm": "swtpm",
+    "tgtadm": "tgt",
+    "tgtd": "tgt",
     "virsh": "libvirt-clients",
     "libvirtd": "libvirt-daemon-system",
 }
@@ -60,7 +62,7 @@ OF_THE_BASE_SYSTEM = {
 OF_THE_ENVIRONMENT = {"hostler", "hostlerd", "uv"}
 """Programs of the Python environment, and what only a maintainer uses."""
 
-FILES_ONLY = {"python3", "python3-venv", "ovmf", "linux-image-cloud-amd64", "libc6-dev"}
+FILES_ONLY = {"python3", "python3-venv", "qemu-block-extra", "ovmf", "linux-image-cloud-amd64", "libc6-dev"}
 """Packages of which the code uses files, or which a program of another package calls."""
 
 

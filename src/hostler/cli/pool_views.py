@@ -107,3 +107,9 @@ def scan(found: Json) -> Facts:
     facts.append(("note", "there is more than was looked at" if found["truncated"] else ""))
     table = Table(("FINDING", "WHAT", "SIZE"), tuple(rows), frozenset({"SIZE"}))
     return Facts(tuple((label, value) for label, value in facts if value), (table,))
+
+
+def targets(found: Sequence[Json]) -> Table:
+    """iSCSI targets."""
+    rows = tuple((t["target"], ", ".join(t["portals"])) for t in found)
+    return Table(("TARGET", "PORTALS"), rows, empty="the portal tells of no target")

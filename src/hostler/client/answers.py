@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hostler.model.job import Job
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingStatus
-    from hostler.model.pool import PoolView, ScanReport
+    from hostler.model.pool import PoolView, ScanReport, StorageTarget
     from hostler.model.views import (
         Deleted,
         Event,
@@ -82,6 +82,7 @@ IMAGE: Answer[ImageDetails] = Model("image", "ImageDetails")
 VOLUMES: Answer[list[Volume]] = Model("volume", "Volume", many=True)
 POOL: Answer[PoolView] = Model("pool", "PoolView")
 POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)
+TARGETS: Answer[list[StorageTarget]] = Model("pool", "StorageTarget", many=True)
 SCAN: Answer[ScanReport] = Model("pool", "ScanReport")
 IMPORT_REPORT: Answer[ImportReport] = Model("foreign", "ImportReport")
 JOB: Answer[Job] = Model("job", "Job")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
-    from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
+    from hostler.model.pool import Discover, PoolChange, PoolCreate, PoolScan, PoolView, ScanReport, StorageTarget
     from hostler.model.requests import (
         DiskAdd,
         InspectRequest,
@@ -256,6 +256,10 @@ def import_inspect(request: ImportRequest) -> Call[ImportReport]:
 
 def import_run(request: ImportRequest, *, wait: float = 0.0) -> Call[Job]:
     return Call("POST", "/v1/imports", answers.JOB, _query(wait), request, wait)
+
+
+def pool_discover(request: Discover) -> Call[list[StorageTarget]]:
+    return Call("POST", "/v1/pools/discover", answers.TARGETS, body=request)
 
 
 # hosts

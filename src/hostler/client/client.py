@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
     from hostler.model.limits import Limits
-    from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
+    from hostler.model.pool import Discover, PoolChange, PoolCreate, PoolScan, PoolView, ScanReport, StorageTarget
     from hostler.model.requests import (
         DiskAdd,
         InspectRequest,
@@ -192,6 +192,9 @@ class Pools:
 
     def scan(self, name: str, request: PoolScan) -> ScanReport:
         return self._send(calls.pool_scan(name, request))
+
+    def discover(self, request: Discover) -> Sequence[StorageTarget]:
+        return self._send(calls.pool_discover(request))
 
 
 class Imports:

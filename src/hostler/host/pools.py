@@ -18,6 +18,7 @@ from hostler.model.disk import SourceKind
 from hostler.model.errors import HostLacks, HostlerError, InUse, InvalidInput, NotFound, WrongState
 from hostler.model.pool import (
     DEFAULT_POOL,
+    Discover,
     Pool,
     PoolChange,
     PoolCreate,
@@ -27,6 +28,7 @@ from hostler.model.pool import (
     PoolState,
     PoolView,
     ScanReport,
+    StorageTarget,
 )
 from hostler.model.views import Deleted
 from hostler.model.volume import Volume
@@ -34,6 +36,7 @@ from hostler.storage.pools import filesystem
 from hostler.storage.pools.book import PoolBook
 from hostler.storage.pools.contract import PoolDriver
 from hostler.storage.pools.drivers import driver_of
+from hostler.storage.pools.iscsi import discover
 from hostler.storage.volumes import VolumeService
 from hostler.storage.waiting import in_thread
 from hostler.store.table import Row
@@ -141,6 +144,7 @@ class Pools:
         """A new pool. It must answer, unless `unchecked`. AlreadyExists, NotFound, NotPermitted, InvalidInput."""
         pool = await self._planned(request)
         secrets = secrets_of(request, PoolSecrets())
+        driver_of(pool, secrets)  # refuses certificates that nobody could use
         await self._refuse_same_place(pool)
         if not request.unchecked:
             await self._require_answer(pool, secrets)
@@ -228,6 +232,10 @@ class Pools:
         self._drivers.pop(row.id, None)
         self._seen.pop(row.id, None)
         self._events.publish("pool", row.id, None)
+
+    async def discover(self, request: Discover) -> Sequence[StorageTarget]:
+        """The iSCSI targets that one of these portals tells of."""
+        return await discover(request)
 
     # scanning
 

@@ -75,6 +75,8 @@ TABLE: dict[str, Rule] = {
     "GET /v1/pools": _P.VIEW,
     # Makes paths of the host, and addresses it can reach, known to the platform: more than configuring VMs.
     "POST /v1/pools": _P.ADMINISTER,
+    # Connects to any address, with secrets of the caller.
+    "POST /v1/pools/discover": _P.ADMINISTER,
     "GET /v1/pools/{pool}": _P.VIEW,
     "PATCH /v1/pools/{pool}": _P.ADMINISTER,
     "DELETE /v1/pools/{pool}": _P.ADMINISTER,

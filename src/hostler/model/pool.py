@@ -248,7 +248,7 @@ class ScanReport(Record):
     dry_run: bool = False
 
 
-class Target(Record):
+class StorageTarget(Record):
     """An iSCSI target that a portal tells of."""
 
     target: str

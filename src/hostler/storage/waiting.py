@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from hostler.model.errors import TimedOut
@@ -23,6 +24,18 @@ async def in_thread(subject: str, work: Callable[[], T]) -> T:
     except TimeoutError as error:
         raise TimedOut(
             subject, f"the file system did not answer within {DEADLINE:.0f} s", "look at the disk or share it is on"
+        ) from error
+
+
+@asynccontextmanager
+async def within(subject: str, deadline: float) -> AsyncIterator[None]:
+    """TimedOut about `subject` when the block, which talks to a storage system, takes longer than `deadline` s."""
+    try:
+        async with asyncio.timeout(deadline):
+            yield
+    except TimeoutError as error:
+        raise TimedOut(
+            subject, f"did not answer within {deadline:.0f} s", "look at the network and the storage system"
         ) from error
 
 

@@ -13,7 +13,7 @@ from hostler.model.image import ImageDetails, VolumeView
 from hostler.model.job import Job
 from hostler.model.limits import Limits
 from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
-from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
+from hostler.model.pool import Discover, PoolChange, PoolCreate, PoolScan, PoolView, ScanReport, StorageTarget
 from hostler.model.requests import (
     DiskAdd,
     MigrateRequest,
@@ -80,6 +80,7 @@ class Pools(Protocol):
     async def change(self, name: str, request: PoolChange, by: str) -> PoolView: ...
     async def delete(self, name: str, by: str, dry_run: bool) -> Deleted: ...
     async def scan(self, name: str, request: PoolScan, by: str) -> ScanReport: ...
+    async def discover(self, request: Discover) -> Sequence[StorageTarget]: ...
 
 
 class Imports(Protocol):

@@ -12,7 +12,7 @@ from hostler.cli.settings import Settings
 from hostler.client import calls
 from hostler.model.errors import InvalidInput, NotFound
 
-NAMES = ("list", "show", "create", "change", "delete", "scan")
+NAMES = ("list", "show", "create", "change", "delete", "scan", "discover")
 PERCENT = click.IntRange(1, 100)
 TLS_FILES = {"ca": "ca-cert.pem", "certificate": "client-cert.pem", "key": "client-key.pem"}
 """QEMU's own names, so that one directory serves both."""
@@ -167,3 +167,17 @@ def scan_(settings: Settings, pool: str, adopt: bool, delete_leftovers: bool, dr
         PoolScan, f"pool {pool!r}", adopt=adopt, delete_leftovers=delete_leftovers, dry_run=dry_run
     )
     output.show(settings, settings.client.raw(calls.pool_scan(pool, request)), pool_views.scan)
+
+
+@click.command("discover", cls=Command)
+@click.argument("portal", metavar="HOST:PORT")
+@CHAP_USER
+@CHAP_SECRET
+@INITIATOR
+@click.pass_obj
+def discover_(settings: Settings, /, portal: str, **given: Any) -> None:
+    """List the targets that an iSCSI portal has. CHAP only where the portal asks for it already here."""
+    from hostler.model.pool import Discover  # noqa: PLC0415
+
+    request = parsing.request(Discover, f"portal {portal}", portals=[portal], **_access({**given, "tls": None}))
+    output.show(settings, settings.client.raw(calls.pool_discover(request)), pool_views.targets)

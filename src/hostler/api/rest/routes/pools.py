@@ -9,7 +9,7 @@ from fastapi import Path
 from hostler.api.rest.guard import noun_router
 from hostler.api.rest.routes.vms import DryRun
 from hostler.api.rest.state import App, By
-from hostler.model.pool import PoolChange, PoolCreate, PoolScan, PoolView, ScanReport
+from hostler.model.pool import Discover, PoolChange, PoolCreate, PoolScan, PoolView, ScanReport, StorageTarget
 from hostler.model.views import Deleted
 
 router = noun_router("pool")
@@ -27,6 +27,12 @@ async def list_pools(app: App) -> list[PoolView]:
 async def create_pool(request: PoolCreate, app: App, by: By) -> PoolView:
     """A new pool, of what is there already: a directory, a storage system."""
     return await app.pools.create(request, by)
+
+
+@router.post("/pools/discover")
+async def discover_targets(request: Discover, app: App) -> list[StorageTarget]:
+    """The iSCSI targets that a portal tells of. Changes nothing."""
+    return list(await app.pools.discover(request))
 
 
 @router.get("/pools/{pool}")
