@@ -15,6 +15,7 @@ from hostler.client import answers, calls
 from hostler.client.answers import Model
 from hostler.client.target import Target, default_socket, find_target
 from hostler.identity.authorize import TABLE
+from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
 from hostler.model.migration import IncomingRequest, MigrationSettings
@@ -202,7 +203,10 @@ def every_call() -> list[calls.Call[Any]]:
         calls.vm_delete(vm), *(calls.vm_act(vm, action) for action in calls.ACTIONS),
         calls.vm_shutdown(vm, ShutdownRequest()), calls.vm_migrate(vm, migrate), calls.vm_migrate_check(vm, migrate),
         calls.vm_screenshot(vm), calls.disk_add(vm, disk), calls.disk_add_check(vm, disk),
-        calls.disk_remove(vm, "{disk}"), calls.nic_add(vm, NicAdd()), calls.nic_remove(vm, "{nic}"),
+        calls.disk_remove(vm, "{disk}"), calls.disk_change(vm, "{disk}", DiskChange(discard=False)),
+        calls.disk_move(vm, "{disk}", DiskMove(to="/v")), calls.disk_move_check(vm, "{disk}", DiskMove(to="/v")),
+        calls.disk_grow(vm, "{disk}", DiskGrow(size=512)), calls.disk_limit(vm, "{disk}", DiskLimits(iops=1)),
+        calls.disk_medium(vm, "{disk}", DiskMedium()), calls.nic_add(vm, NicAdd()), calls.nic_remove(vm, "{nic}"),
         calls.volumes(), calls.volume(volume), calls.volume_create(VolumeCreate(name="v", size=512)),
         calls.volume_register(VolumeRegister(name="v", path="/v")), calls.volume_inspect(InspectRequest(path="/v")),
         calls.pools(), calls.pool(pool), calls.pool_create(PoolCreate(name="p", path="/p")),

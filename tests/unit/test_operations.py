@@ -37,7 +37,7 @@ async def hosts(site: Site) -> tuple[Node, Node]:
 
 async def outcome(scenario: Scenario) -> dict[str, object]:
     """What is there after the job went well."""
-    if scenario.kind not in OUTCOMES:
+    if str(scenario) not in OUTCOMES:
         with short_directory() as directory:
             async with Site(directory) as other:
                 node, _ = await hosts(other)
@@ -45,8 +45,8 @@ async def outcome(scenario: Scenario) -> dict[str, object]:
                 job = await scenario.run(node)
                 assert job.state is JobState.DONE, job
                 assert tuple(s.name for s in job.steps) == scenario.steps
-                OUTCOMES[scenario.kind] = await picture(other)
-    return OUTCOMES[scenario.kind]
+                OUTCOMES[str(scenario)] = await picture(other)
+    return OUTCOMES[str(scenario)]
 
 
 async def test_every_kind_of_job_is_here(site: Site) -> None:

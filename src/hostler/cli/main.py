@@ -30,7 +30,7 @@ GROUPS = {
 }
 HELPS = {
     "vm": "Virtual machines: create, run, move between hosts.",
-    "disk": "Disks of a VM: add and remove while it runs.",
+    "disk": "Disks of a VM: add, remove, move, grow, limit and change them while it runs.",
     "nic": "Network adapters of a VM.",
     "volume": "Volumes: disk images in all formats.",
     "pool": "Pools: directories and storage systems that volumes are in.",

@@ -103,6 +103,7 @@ def _disk_kind(disk: Json) -> str:
     words = [disk["media"]] if disk["media"] != "disk" else []
     words += ["read-only"] if disk["read_only"] and disk["media"] == "disk" else []
     words += ["pass-through"] if disk["source"]["kind"] == "device" else []
+    words += ["limited"] if any((disk.get("limits") or {}).values()) else []
     return ", ".join(words) or "disk"
 
 
@@ -345,6 +346,17 @@ def plan(found: Json, vm: str, to: str) -> str:
         lines.append(f"  {blocker['kind']}: {blocker['text']}")
         lines += [f"    {blocker['advice']}"] if blocker["advice"] else []
     return "\n".join(lines)
+
+
+def copy_line(job: Json) -> str:
+    """One line about a disk's move under way: phase, bytes, rate, time to go."""
+    progress = job["progress"]
+    running = [step["name"] for step in job["steps"] if step["state"] == "running"]
+    words = [running[-1] if running else job["state"]]
+    words += [progress["text"]] if progress.get("text") else []
+    left = (progress.get("detail") or {}).get("left")
+    words += [f"{left:.0f} s to go"] if left is not None else []
+    return "  ".join(words)
 
 
 def move_line(job: Json) -> str:

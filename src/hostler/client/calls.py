@@ -15,6 +15,7 @@ from hostler.model.errors import InvalidInput
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
@@ -160,6 +161,35 @@ def disk_add_check(ref: str, disk: DiskAdd) -> Call[VmRecord]:
 def disk_remove(ref: str, disk: str, *, timeout: float | None = None, wait: float = 0.0) -> Call[Job]:
     query = _query(wait) | ({} if timeout is None else {"timeout": f"{timeout:g}"})
     return Call("DELETE", _vm(ref, f"/disks/{url_part('disk', disk)}"), answers.JOB, query, wait=wait)
+
+
+def disk_move(ref: str, disk: str, request: DiskMove, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _disk(ref, disk, "/move"), answers.JOB, _query(wait), request, wait)
+
+
+def disk_move_check(ref: str, disk: str, request: DiskMove) -> Call[VmRecord]:
+    """The VM as it would be with the disk there."""
+    return Call("POST", _disk(ref, disk, "/move"), answers.VM, _query(dry_run=True), request)
+
+
+def disk_grow(ref: str, disk: str, request: DiskGrow, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _disk(ref, disk, "/grow"), answers.JOB, _query(wait), request, wait)
+
+
+def disk_limit(ref: str, disk: str, request: DiskLimits, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _disk(ref, disk, "/limits"), answers.JOB, _query(wait), request, wait)
+
+
+def disk_medium(ref: str, disk: str, request: DiskMedium, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _disk(ref, disk, "/medium"), answers.JOB, _query(wait), request, wait)
+
+
+def disk_change(ref: str, disk: str, request: DiskChange, *, when_off: bool = False) -> Call[VmRecord]:
+    return Call("PATCH", _disk(ref, disk), answers.VM, _query(when_off=when_off), request)
+
+
+def _disk(ref: str, disk: str, rest: str = "") -> str:
+    return _vm(ref, f"/disks/{url_part('disk', disk)}{rest}")
 
 
 def nic_add(ref: str, nic: NicAdd) -> Call[VmRecord]:

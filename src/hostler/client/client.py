@@ -24,6 +24,7 @@ from hostler.model.errors import Cancelled, InternalError, TimedOut
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
@@ -135,6 +136,32 @@ class Vms:
 
     def remove_nic(self, ref: str, nic: str) -> VmRecord:
         return self._send(calls.nic_remove(ref, nic))
+
+
+class Disks:
+    """Disks that VMs have. (Attaching and detaching are in `Vms`.)"""
+
+    def __init__(self, send: Sender) -> None:
+        self._send = send
+
+    def move(self, ref: str, disk: str, request: DiskMove, *, wait: float = 0.0) -> Job:
+        return self._send(calls.disk_move(ref, disk, request, wait=wait))
+
+    def check_move(self, ref: str, disk: str, request: DiskMove) -> VmRecord:
+        """The VM as it would be with the disk there; nothing is changed."""
+        return self._send(calls.disk_move_check(ref, disk, request))
+
+    def grow(self, ref: str, disk: str, request: DiskGrow, *, wait: float = 0.0) -> Job:
+        return self._send(calls.disk_grow(ref, disk, request, wait=wait))
+
+    def limit(self, ref: str, disk: str, request: DiskLimits, *, wait: float = 0.0) -> Job:
+        return self._send(calls.disk_limit(ref, disk, request, wait=wait))
+
+    def change_medium(self, ref: str, disk: str, request: DiskMedium, *, wait: float = 0.0) -> Job:
+        return self._send(calls.disk_medium(ref, disk, request, wait=wait))
+
+    def change(self, ref: str, disk: str, request: DiskChange, *, when_off: bool = False) -> VmRecord:
+        return self._send(calls.disk_change(ref, disk, request, when_off=when_off))
 
 
 class Volumes:
@@ -288,6 +315,7 @@ class Client:
         target = host if isinstance(host, Target) else find_target(host)
         self.transport = Transport(target, deadline)
         self.vms = Vms(self.send)
+        self.disks = Disks(self.send)
         self.volumes = Volumes(self.send)
         self.pools = Pools(self.send)
         self.imports = Imports(self.send)

@@ -16,6 +16,7 @@ from hostler.cluster.peers import PeerBook, PeerLink
 from hostler.host.actor import VmActor
 from hostler.host.adoption import Adoption, autostart
 from hostler.host.context import Host
+from hostler.host.disks import DiskService
 from hostler.host.events import EventHub
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.importing import KIND as IMPORT
@@ -78,6 +79,7 @@ class Application:
 
     host: Host
     vms: VmService
+    disks: DiskService
     volumes: Volumes
     pools: Pools
     imports: Imports
@@ -150,6 +152,7 @@ def build_application(parts: Parts) -> Application:
     return Application(
         host=host,
         vms=vms,
+        disks=DiskService(host),
         volumes=host.volumes,
         pools=host.pools,
         imports=imports,

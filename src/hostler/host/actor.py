@@ -119,11 +119,13 @@ class VmActor:
 
         return await self._ask(action)
 
-    async def change(self, edit: Callable[[VmRecord], VmRecord], extra: Transaction | None = None) -> VmRecord:
+    async def change(
+        self, edit: Callable[[VmRecord], VmRecord], extra: Transaction | None = None, durable: bool = False
+    ) -> VmRecord:
         """Change the record by a function of what it is at that moment."""
 
         async def action() -> VmRecord:
-            return await self._write(edit(self._record), False, extra)
+            return await self._write(edit(self._record), durable, extra)
 
         return await self._ask(action)
 

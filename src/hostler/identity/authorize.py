@@ -56,6 +56,12 @@ TABLE: dict[str, Rule] = {
     "WEBSOCKET /v1/vms/{vm}/vnc": _P.OPERATE,
     "POST /v1/vms/{vm}/disks": _P.CONFIGURE,
     "DELETE /v1/vms/{vm}/disks/{disk}": _P.CONFIGURE,
+    "PATCH /v1/vms/{vm}/disks/{disk}": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/disks/{disk}/move": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/disks/{disk}/grow": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/disks/{disk}/limits": _P.CONFIGURE,
+    # Names any image that the daemon can read, hence not for operators.
+    "POST /v1/vms/{vm}/disks/{disk}/medium": _P.CONFIGURE,
     "POST /v1/vms/{vm}/nics": _P.CONFIGURE,
     "DELETE /v1/vms/{vm}/nics/{nic}": _P.CONFIGURE,
     # volumes

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hostler.model.errors import AlreadyExists, NotFound
+from hostler.model.errors import AlreadyExists, Busy, NotFound
 from hostler.model.names import nearest
 from hostler.model.volume import Volume
 from hostler.store.contract import ABSENT, Check, CheckFailed, Delete, Put, Store, Transaction
@@ -53,6 +53,23 @@ class Catalogue:
     async def change(self, row: Row[Volume], volume: Volume) -> Row[Volume]:
         """Write a changed record; its name and path stay. Busy when somebody else changed it."""
         return Row(row.id, volume, await self._table.replace(row.id, volume, row.revision))
+
+    async def rename(self, row: Row[Volume], name: str) -> Row[Volume]:
+        """Give a record another name; everything else of it stays. AlreadyExists when the name is taken, Busy when
+        somebody else changed the record."""
+        volume = row.value.but(name=name)
+        checks = [self._table.absent(name), self._table.at(row.id, row.revision)]
+        writes: list[Put | Delete] = [
+            self._table.remove(row.id),
+            self._table.put(name, volume),
+            Put(_path_key(volume.path), {"name": name}),
+        ]
+        try:
+            return Row(name, volume, await self._store.commit(Transaction(writes, checks)))
+        except CheckFailed as error:
+            if await self._table.find(name) is not None:
+                raise AlreadyExists(f"volume {name}", "there is a volume with that name", "choose another") from error
+            raise Busy(f"volume {row.id}", "was changed by somebody else", "try again") from error
 
     def plan_change(self, row: Row[Volume], volume: Volume) -> Transaction:
         """The transaction that changes it."""

@@ -17,6 +17,7 @@ from typing import TypeVar
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import Busy, HostlerError, WrongState
 from hostler.model.image import AllocationMap, Checksum, ImageDetails, Verdict
+from hostler.model.names import check_name
 from hostler.model.volume import Volume
 from hostler.storage.catalogue import Catalogue
 from hostler.storage.chains.source import ZERO
@@ -135,6 +136,18 @@ class VolumeChanges:
         except CheckFailed as error:
             raise Busy(f"volume {volume.name}", "somebody else changes it at this moment", "try again") from error
         return changed
+
+    async def rename(self, ref: str, name: str) -> Volume:
+        """Give a volume another name; its file stays where it is. NotFound, AlreadyExists, InvalidInput, Busy."""
+        check_name("volume", name)
+        row = await self._catalogue.get(ref)
+        return row.value if row.id == name else (await self._catalogue.rename(row, name)).value
+
+    async def grown(self, path: str, size: int) -> None:
+        """Note that the image is larger now. Harmless when it is no known volume."""
+        row = await self._catalogue.find(path)
+        if row is not None and row.value.size != size:
+            await self._catalogue.change(row, row.value.but(size=size, generation=row.value.generation + 1))
 
     async def _look(self, path: str, format: ImageFormat) -> Volume:
         """As `inspect` of the service, but as the format it has now, whatever the record says."""

@@ -89,15 +89,7 @@ class ClaimBook:
         """The transaction that claims `disks` for `vm`, all or none, beside what it has. Idempotent; a higher
         generation replaces the VM's own lower one. InUse names the holder; WrongState when a later owner has it.
         CheckFailed at its commit means that somebody else was faster: plan again."""
-        wanted: dict[str, list[tuple[Claim, str]]] = {}
-        for disk in disks:
-            for layer in disk.source.layers():
-                if layer.kind is SourceKind.EMPTY:
-                    continue
-                path = thing_of(layer)
-                write = disk.writes and layer is disk.source
-                claim = Claim(path=path, vm=vm, disk=disk.id, write=write, generation=generation)
-                wanted.setdefault(path, []).append((claim, f"{layer.kind} {layer.path}"))
+        wanted = _wanted(vm, disks, generation)
         held = [await self._held(path) for path in sorted(wanted)]
         writes: list[Put | Delete] = []
         for thing in held:
@@ -129,6 +121,32 @@ class ClaimBook:
         if stay != set(listed):
             writes.append(_put_list(vm, stay) if stay else Delete(_list_key(vm)))
         return Transaction(writes, checks)
+
+    async def plan_exactly(self, vm: str, disks: Sequence[Disk], generation: int) -> Transaction:
+        """The transaction after which `vm` claims for each of these disks what that disk is made of, and nothing else:
+        what the disk was made of before is given back. For others of its disks nothing changes. Idempotent; errors as
+        `plan_claim`."""
+        wanted = _wanted(vm, disks, generation)
+        ids = {disk.id for disk in disks}
+        listed, revision = await self._listed(vm)
+        writes: list[Put | Delete] = []
+        checks = [Check(_list_key(vm), revision)]
+        mine: set[str] = set()
+        for path in sorted({*listed, *wanted}):
+            thing = await self._held(path)
+            here = wanted.get(path, ())
+            keep = {claim.disk for claim, _ in here}
+            claims = tuple(c for c in thing.claims if c.vm != vm or c.disk not in ids or c.disk in keep)
+            for claim, subject in here:
+                claims = self._with(claims, claim, subject)
+            if any(c.vm == vm for c in claims):
+                mine.add(path)
+            if claims != thing.claims:
+                checks.append(Check(_key(path), thing.revision))
+                writes.append(_put(path, claims) if claims else Delete(_key(path)))
+        if mine != set(listed):
+            writes.append(_put_list(vm, mine) if mine else Delete(_list_key(vm)))
+        return Transaction(writes, checks, durable=bool(writes))
 
     async def claim(self, vm: str, disks: Sequence[Disk], generation: int) -> None:
         """Claim in one durable transaction of its own. Errors as `plan_claim`, Busy when it always loses the race."""
@@ -234,6 +252,20 @@ class ClaimBook:
 
 def _as_disk(number: int, path: str, write: bool) -> Disk:
     return Disk(id=f"volume{number}", source=DiskSource(path=path), read_only=not write)
+
+
+def _wanted(vm: str, disks: Iterable[Disk], generation: int) -> dict[str, list[tuple[Claim, str]]]:
+    """For each thing the disks are made of, the claims they need on it, each with what people call the thing."""
+    wanted: dict[str, list[tuple[Claim, str]]] = {}
+    for disk in disks:
+        for layer in disk.source.layers():
+            if layer.kind is SourceKind.EMPTY:
+                continue
+            path = thing_of(layer)
+            write = disk.writes and layer is disk.source
+            claim = Claim(path=path, vm=vm, disk=disk.id, write=write, generation=generation)
+            wanted.setdefault(path, []).append((claim, f"{layer.kind} {layer.path}"))
+    return wanted
 
 
 def _key(path: str) -> str:

@@ -73,7 +73,7 @@ class VolumeService:
         """A new empty volume of exactly `size` bytes, recorded as one of `pool`. InvalidInput, LimitExceeded,
         AlreadyExists, NoSpace, NotFound (the directory), NotPermitted; nothing is left of it on failure or
         cancellation."""
-        target = self._check(name, size, format, path)
+        target = self.check_new(name, size, format, path)
         async with AsyncExitStack() as undo:
             row = await self._begin(undo, name, size, format, target, pool)
             await self._image.create(target, format, size)
@@ -123,7 +123,7 @@ class VolumeService:
     ) -> Volume:
         """A new volume whose file `fill` makes: complete, of exactly `size` bytes for a guest, under the path it is
         given and never half of it there (`qemu_img.new_file`). Errors as `create`, and those of `fill`."""
-        target = self._check(name, size, format, path)
+        target = self.check_new(name, size, format, path)
         async with AsyncExitStack() as undo:
             row = await self._begin(undo, name, size, format, target, pool, made_by)
             await fill(target, self._image)
@@ -222,8 +222,8 @@ class VolumeService:
 
     # steps
 
-    def _check(self, name: str, size: int, format: ImageFormat, path: str | None) -> str:
-        """Refuse nonsense before anything is done; the path of the new file."""
+    def check_new(self, name: str, size: int, format: ImageFormat, path: str | None) -> str:
+        """Refuse nonsense before anything is done; the path that the new file will have."""
         check_name("volume", name)
         subject = f"volume {name}"
         check_size(self.limits, subject, size, format)

@@ -16,7 +16,8 @@ from hostler.host.operation import Operation, Params
 from hostler.host.operations import OPERATIONS
 from hostler.host.steps import Plan, Step
 from hostler.host.volume_operations import VOLUME_OPERATIONS
-from hostler.model.disk import ImageFormat
+from hostler.model.disk import Disk, ImageFormat, Media
+from hostler.model.disk_requests import DiskMedium, DiskMove
 from hostler.model.job import Job, JobState
 from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate, VolumeCreate, VolumeRegister
 from hostler.model.transfer import ImportRequest
@@ -73,12 +74,18 @@ class Scenario:
     params: Params = field(default_factory=dict)
     disk: bool = False
     """Whether its parameter is a new disk."""
+    plan: Callable[[Node], Awaitable[Params]] | None = None
+    """What finds out its parameters, where they depend on the host."""
+    drive: bool = False
+    """Whether the VM has an empty CD drive too."""
+    variant: str = ""
+    """Tells scenarios of one kind apart."""
     done_by: str | None = None
     forward_from: str | None = None
     insists: bool = False
 
     def __str__(self) -> str:
-        return self.kind
+        return f"{self.kind} {self.variant}".strip()
 
     def happened(self, step: str, edge: str) -> bool:
         """Whether a failure there leaves the outcome."""
@@ -94,8 +101,10 @@ class Scenario:
 
     async def prepare(self, node: Node) -> None:
         """A VM with one disk, in the state from which the job begins."""
-        request = DiskAdd(volume=node.site.image("a.img"), format=ImageFormat.RAW)
-        await node.application.vms.create(VmCreate(name=VM, memory=64 * MiB, disks=(request,)), "test")
+        path = node.site.image("a.img")
+        await node.application.volumes.register(VolumeRegister(name="a", path=path, format=ImageFormat.RAW), "test")
+        disks = (DiskAdd(volume="a"), *((DiskAdd(media=Media.CDROM),) if self.drive else ()))
+        await node.application.vms.create(VmCreate(name=VM, memory=64 * MiB, disks=disks), "test")
         node.site.image("b.img")
         for action in self.before:
             await act(node, action)
@@ -115,6 +124,8 @@ class Scenario:
     async def _params(self, node: Node) -> Params:
         if self.disk:
             return {"disk": await _disk(node)}
+        if self.plan is not None:
+            return await self.plan(node)
         if self.kind == "vm.migrate":
             other = next(n for n in node.site.nodes if n is not node)
             settings = settings_of(MigrateRequest(host=other.name))
@@ -160,6 +171,19 @@ async def _disk(node: Node) -> Any:
     return planned.config.disks[-1].to_json()
 
 
+async def _move(node: Node) -> Params:
+    record = node.application.vms.get(VM)
+    request = DiskMove(to=str(node.site.directory / "c.img"))
+    return await node.application.disks.plan_move(record, record.config.disks[0], request)
+
+
+async def _medium(node: Node) -> Params:
+    drive = node.application.vms.get(VM).config.disks[1]
+    return await node.application.disks.plan_medium(
+        drive, DiskMedium(volume=str(node.site.directory / "b.img"), format=ImageFormat.RAW)
+    )
+
+
 async def act(node: Node, action: str) -> None:
     """Do one thing to the VM, and see that it worked."""
     if action == "volume":  # with data, then zeroes that take space, then a hole
@@ -178,6 +202,9 @@ async def act(node: Node, action: str) -> None:
     ended = await node.finish(job)
     assert ended.state is JobState.DONE, ended
 
+
+MOVING = ("create", "copy", "switch", "clean-up")
+FIRST = "grow:before"
 
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("vm.start", ("reserve", "prepare", "launch", "run"), forward_from="launch:after", insists=True),
@@ -236,6 +263,36 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "volume.shrink", ("look", "change"), ("volume",), {"size": 2 * MiB}, forward_from="change:before", insists=True
     ),
+    Scenario(
+        "disk.move",
+        MOVING,
+        ("start",),
+        plan=_move,
+        done_by="switch",
+        insists=True,
+        forward_from="copy:before",
+    ),
+    Scenario(
+        "disk.move",
+        MOVING,
+        plan=_move,
+        done_by="switch",
+        insists=True,
+        forward_from="switch:after",
+        variant="off",
+    ),
+    Scenario("disk.grow", ("grow",), ("start",), {"disk_id": "disk0", "size": 8192}, insists=True, forward_from=FIRST),
+    Scenario(
+        "disk.grow", ("grow",), (), {"disk_id": "disk0", "size": 8192}, insists=True, forward_from=FIRST, variant="off"
+    ),
+    Scenario(
+        "disk.limit",
+        ("apply", "record"),
+        ("start",),
+        {"disk_id": "disk0", "limits": {"iops": 100}},
+        forward_from="apply:before",
+    ),
+    Scenario("disk.media", ("take", "change", "record"), ("start",), plan=_medium, drive=True, insists=True),
 )
 """One for each kind of job there is."""
 
@@ -247,12 +304,14 @@ async def picture(site: Site) -> dict[str, object]:
     """Everything that a job may leave changed, in a form that two runs can be compared by."""
     found: dict[str, object] = {
         "running": sorted(
-            (_owner(site, run_dir), q.status, sorted(q.disks)) for run_dir, q in site.world.running.items()
+            (_owner(site, run_dir), q.status, sorted(map(_disk_picture, q.disks.values())))
+            for run_dir, q in site.world.running.items()
         ),
         "locks": sorted(Path(path).name for path in site.world.locks),
         "wire": sorted(site.world.wire),
         "backups": sorted(f"{p.parent.name}/{p.name}" for p in site.directory.glob("backups/*/*/*")),
         "noted": sorted(_noted(qemu) for qemu in site.world.running.values()),
+        "images": sorted(path.name for path in site.directory.glob("*.img")),
         "granted": {path.name: users for path in site.directory.glob("*.img") if (users := granted(path))},
     }
     for node in site.nodes:
@@ -263,6 +322,10 @@ async def picture(site: Site) -> dict[str, object]:
 def _noted(qemu: SimulatedQemu) -> tuple[str, ...]:
     """What is kept of its disks, and which of its changes are noted."""
     return (*sorted(qemu.moments), *sorted(name for names in qemu.bitmaps.values() for name in names))
+
+
+def _disk_picture(disk: Disk) -> tuple[object, ...]:
+    return (disk.id, Path(disk.source.path).name, disk.source.size, disk.limits.iops)
 
 
 def _owner(site: Site, run_dir: str) -> str:
@@ -301,7 +364,7 @@ async def _of_vm(node: Node, record: VmRecord) -> dict[str, object]:
         "reason": record.reason,
         "job": record.job,
         "handed to": record.handed_to,
-        "disks": [d.id for d in record.config.disks],
+        "disks": [_disk_picture(d) for d in record.config.disks],
         "claims": sorted(c.disk for c in await host.claims.of(record.id)),
         "saved": record.saved is not None,
         "saved files": sorted(p.name for p in host.paths.vm_state(record.id).glob("saved*")),

@@ -19,9 +19,22 @@ from hostler.model.errors import InvalidInput
 from hostler.model.units import format_size
 
 
-@click.group("disk", cls=LazyGroup, lazy={"list": "disk:list_", "add": "disk:add", "remove": "disk:remove"})
+@click.group(
+    "disk",
+    cls=LazyGroup,
+    lazy={
+        "list": "disk:list_",
+        "add": "disk:add",
+        "remove": "disk:remove",
+        "move": "disk_change:move",
+        "grow": "disk_change:grow",
+        "limit": "disk_change:limit",
+        "media": "disk_change:media",
+        "change": "disk_change:change",
+    },
+)
 def group() -> None:
-    """Disks of a VM: add and remove while it runs."""
+    """Disks of a VM: add, remove, move, grow, limit and change them while it runs."""
 
 
 @click.command("list", cls=Command)

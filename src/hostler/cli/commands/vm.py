@@ -24,6 +24,7 @@ from hostler.cli.lazy import LazyGroup
         "restore": "vm_power:restore",
         "discard-saved": "vm_power:discard_saved",
         "move": "vm_move:move",
+        "move-storage": "vm_storage:move_storage",
         "rename": "vm_change:rename",
         "set": "vm_change:set_",
         "delete": "vm_change:delete",

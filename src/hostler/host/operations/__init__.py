@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from hostler.host.operation import Operation
-from hostler.host.operations import backup, discard, disks, pause, restore, save, start, stop
+from hostler.host.operations import (
+    backup,
+    discard,
+    disk_media,
+    disk_move,
+    disk_tune,
+    disks,
+    pause,
+    restore,
+    save,
+    start,
+    stop,
+)
 
 OPERATIONS: dict[str, Operation] = {
     operation.kind: operation
@@ -20,5 +32,9 @@ OPERATIONS: dict[str, Operation] = {
         disks.ATTACH,
         disks.DETACH,
         backup.OPERATION,
+        disk_move.OPERATION,
+        disk_tune.GROW,
+        disk_tune.LIMIT,
+        disk_media.OPERATION,
     )
 }

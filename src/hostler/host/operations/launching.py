@@ -33,7 +33,7 @@ async def claim(host: Host, actor: VmActor, disks: tuple[Disk, ...], edit: Edit 
             return
         except CheckFailed as error:
             if not left:
-                raise _outrun(actor) from error
+                raise outrun(actor) from error
 
 
 async def unclaim(
@@ -48,10 +48,11 @@ async def unclaim(
             return
         except CheckFailed as error:
             if not left:
-                raise _outrun(actor) from error
+                raise outrun(actor) from error
 
 
-def _outrun(actor: VmActor) -> Busy:
+def outrun(actor: VmActor) -> Busy:
+    """Others were quicker each time."""
     return Busy(actor.subject, "others claim its disks at the same moment", "try again")
 
 

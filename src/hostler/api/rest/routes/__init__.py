@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from hostler.api.rest.routes import (
     consoles,
     devices,
+    disks,
     events,
     hosts,
     imports,
@@ -23,6 +24,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     hosts.router,
     vms.router,
     devices.router,
+    disks.router,
     consoles.router,
     volumes.router,
     volume_work.router,
