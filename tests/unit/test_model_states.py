@@ -74,6 +74,7 @@ WAYS = [
     (V.CRITICAL, V.STOPPING, V.OFF),
     (V.CRITICAL, V.RUNNING),
     (V.SAVED, V.OFF),
+    (V.OFF, V.SAVED, V.RESTORING, V.RUNNING),
     (V.STARTING, V.OFF),
     (V.PAUSING, V.RUNNING),
     (V.RESUMING, V.PAUSED),
@@ -91,7 +92,7 @@ def test_the_ways_of_the_drawing_are_legal(way: tuple[VmState, ...]) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(V.OFF, V.RUNNING), (V.OFF, V.SAVED), (V.SAVED, V.RUNNING), (V.SAVED, V.STARTING), (V.OFF, V.PAUSED)],
+    [(V.OFF, V.RUNNING), (V.SAVED, V.RUNNING), (V.SAVED, V.STARTING), (V.OFF, V.PAUSED)],
 )
 def test_no_step_skips_the_work_between(before: VmState, after: VmState) -> None:
     assert after not in TRANSITIONS[before]

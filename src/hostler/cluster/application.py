@@ -15,6 +15,8 @@ from hostler.cluster.migrations import MigrationService
 from hostler.cluster.peers import PeerBook, PeerLink
 from hostler.host.actor import VmActor
 from hostler.host.adoption import Adoption, autostart
+from hostler.host.checkpoint_book import CheckpointBook
+from hostler.host.checkpoints import Checkpoints
 from hostler.host.context import Host
 from hostler.host.disks import DiskService
 from hostler.host.events import EventHub
@@ -45,6 +47,7 @@ from hostler.network.taps import Taps
 from hostler.storage.changes import VolumeChanges
 from hostler.storage.claims import ClaimBook
 from hostler.storage.exports import Exports
+from hostler.storage.layer_images import LayerImages
 from hostler.storage.pools.book import PoolBook
 from hostler.storage.qemu_img import QemuImg
 from hostler.storage.volumes import VolumeService
@@ -57,7 +60,8 @@ log = structlog.get_logger()
 class Parts:
     """What a host is made of. `address`: where other hosts reach this one's API (host:port, "" if nowhere), asked each
     time since the port may be chosen by the system; `migration_address`: the address QEMU listens on for memory
-    streams; `hook`: called around each step of each job (tests); `image`: instead of this host's qemu-img (tests)."""
+    streams; `hook`: called around each step of each job (tests); `image`, `layers`: instead of this host's qemu-img
+    (tests)."""
 
     paths: Paths
     facts: HostFacts
@@ -71,6 +75,7 @@ class Parts:
     migration_address: str
     hook: StepHook | None = None
     image: QemuImg | None = None
+    layers: LayerImages | None = None
 
 
 @dataclass(slots=True)
@@ -83,6 +88,7 @@ class Application:
     volumes: Volumes
     pools: Pools
     imports: Imports
+    checkpoints: Checkpoints
     jobs: JobRunner
     events: EventHub
     hosts: HostService
@@ -156,6 +162,7 @@ def build_application(parts: Parts) -> Application:
         volumes=host.volumes,
         pools=host.pools,
         imports=imports,
+        checkpoints=Checkpoints(host),
         jobs=host.jobs,
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
@@ -196,6 +203,8 @@ def _build_host(parts: Parts) -> Host:
         volumes=Volumes(work, claims, jobs, events, pools, places),
         pools=pools,
         places=places,
+        checkpoints=CheckpointBook(parts.store),
+        layers=parts.layers or LayerImages(),
         actors=actors,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hostler.host.actor import VmActor
+from hostler.host.checkpoint_book import CheckpointBook
 from hostler.host.events import EventHub
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.jobs import JobRunner
@@ -22,6 +23,7 @@ from hostler.model.names import nearest
 from hostler.model.units import format_size
 from hostler.model.vm import HAS_PROCESS, VmConfig, VmRecord
 from hostler.storage.claims import ClaimBook
+from hostler.storage.layer_images import LayerImages
 from hostler.store.contract import Store
 
 
@@ -41,6 +43,8 @@ class Host:
     volumes: Volumes
     pools: Pools
     places: Places
+    checkpoints: CheckpointBook
+    layers: LayerImages
     actors: dict[str, VmActor] = field(default_factory=dict)
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Id of each VM that moved away: its name, and the name of the host it moved to."""

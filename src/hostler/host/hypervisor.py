@@ -7,7 +7,7 @@ unknown) or a more precise HostlerError. All are safe to call again after the da
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from hostler.host.blocks import Blocks
@@ -18,6 +18,7 @@ from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.model.vm import Process
 
 OnProgress = Callable[[MigrationProgress], None]
+AtStop = Callable[[], Awaitable[None]]
 
 
 class Machine(Protocol):
@@ -73,8 +74,12 @@ class Machine(Protocol):
         """Disk id to QEMU's io-status ("failed", "nospace") for disks whose I/O stopped the guest."""
 
     # save and restore
-    async def save_to(self, path: str, on_progress: OnProgress) -> MigrationResult:
-        """Write the whole state to a file (the guest is stopped first); the file is complete and on disk at return."""
+    async def save_to(self, path: str, on_progress: OnProgress, at_stop: AtStop | None = None) -> MigrationResult:
+        """Write the whole state to a file; it is complete and on disk at return. The guest is stopped first, and stays
+        so. With `at_stop` it runs on: it is stopped only for its last pages, then `at_stop` is awaited, so that
+        whatever that does is of the same moment, and goes on afterwards. When anything fails, also `at_stop`, nothing
+        of the file is left and the guest runs on; what `at_stop` did stays done. WrongState for a guest that does not
+        run and shall go on."""
 
     async def load_from(self, path: str) -> None:
         """For a machine launched incoming: read the state from a file, leave the guest stopped."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from hostler.host.paths import Paths
-from hostler.model.disk import Disk
+from hostler.model.disk import Disk, DiskSource
 from hostler.model.errors import HostlerError
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec
@@ -194,6 +194,13 @@ class Resources:
             await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), base_name(disk)))
         await asyncio.to_thread(self._revoke_one, config, disk)
 
+    async def open_layer(self, config: VmConfig, disk: Disk, layer: DiskSource) -> None:
+        """Let a running VM's QEMU write one of a disk's lower layers, which something is to be merged into."""
+        if layer.local and config.run_as is not None:
+            await asyncio.to_thread(access.grant, os.path.realpath(layer.path), config.run_as, True)
+        if layer.exported:
+            await self._exports.reopen(str(self._paths.vm_run(config.id)), base_of(disk.at(layer)))
+
     async def _start_export(self, config: VmConfig, disk: Disk, placeholder: bool) -> None:
         if needs_export(disk):
             run_dir = str(self._paths.vm_run(config.id))
@@ -223,6 +230,12 @@ class Resources:
         """HostLacks if this host cannot connect that adapter."""
         if nic.network is Network.BRIDGE and nic.bridge is not None:
             await self._taps.check_bridge(nic.bridge)
+
+
+async def renew(config: VmConfig, disk: Disk) -> None:
+    """After its layers changed: the top one may be written, those below only read."""
+    if config.run_as is not None:
+        await asyncio.to_thread(_grant_layers, disk, config.run_as)
 
 
 def _grant_layers(disk: Disk, uid: int) -> None:

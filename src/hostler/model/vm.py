@@ -6,6 +6,7 @@
     running|paused --migrate--> migrating --> (gone: it runs on the other host) | running | paused
     any state with a process --QEMU dies, disk full, ...--> critical (with a reason)
     critical --turn off--> stopping --> off;  critical --cause is gone--> running
+    off --a checkpoint with memory is applied--> saved
 
 A failure on the way goes back to where it came from: starting -> off, pausing -> running, resuming -> paused,
 saving -> running|paused, restoring -> saved, migrating -> running|paused. Discarding a saved state: saved -> off.
@@ -40,7 +41,7 @@ class VmState(StrEnum):
 
 S = VmState
 TRANSITIONS: dict[VmState, frozenset[VmState]] = {
-    S.OFF: frozenset({S.STARTING, S.CRITICAL}),
+    S.OFF: frozenset({S.STARTING, S.SAVED, S.CRITICAL}),
     S.STARTING: frozenset({S.RUNNING, S.OFF, S.CRITICAL}),
     S.RUNNING: frozenset({S.PAUSING, S.PAUSED, S.SAVING, S.STOPPING, S.MIGRATING, S.CRITICAL, S.OFF}),
     S.PAUSING: frozenset({S.PAUSED, S.RUNNING, S.OFF, S.CRITICAL}),

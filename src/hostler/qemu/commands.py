@@ -166,6 +166,11 @@ async def migrate_incoming(qmp: QmpSession, uri: str) -> None:
     await qmp.execute("migrate-incoming", {"uri": uri})
 
 
+async def migrate_continue(qmp: QmpSession) -> None:
+    """Go on after the pause before the switch-over."""
+    await qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+
 async def migrate_cancel(qmp: QmpSession) -> None:
     """Stop sending; harmless when nothing is sent."""
     await qmp.execute("migrate_cancel")

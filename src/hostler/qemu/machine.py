@@ -23,9 +23,10 @@ from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, Run
 from hostler.model.migration import MigrationProgress, MigrationSettings
 from hostler.model.nic import Network
 from hostler.model.vm import Process, VmConfig
-from hostler.qemu import cgroup, commands, drives, hotplug, process, psk, saved, survivors, swtpm
+from hostler.qemu import cgroup, checkpointing, commands, drives, hotplug, process, psk, saved, survivors, swtpm
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.blocks import QemuBlocks
+from hostler.qemu.checkpointing import AtStop
 from hostler.qemu.cmdline import aio_for, nic_device_id
 from hostler.qemu.failures import image_error, start_error
 from hostler.qemu.guest_agent import GuestAgent
@@ -150,8 +151,10 @@ class QemuMachine:
         """Disks whose I/O failed."""
         return await hotplug.io_failed(self._qmp)
 
-    async def save_to(self, path: str, on_progress: OnProgress) -> MigrationResult:
+    async def save_to(self, path: str, on_progress: OnProgress, at_stop: AtStop | None = None) -> MigrationResult:
         """Save to a file. Raises for every end but `completed`; then nothing is left and the guest runs on."""
+        if at_stop is not None:
+            return await checkpointing.checkpoint_to(self._qmp, self._migrator, path, at_stop, on_progress)
         return await saved.save_to(self._qmp, self._migrator, path, on_progress)
 
     async def load_from(self, path: str) -> None:

@@ -116,7 +116,25 @@ class Migrator:
         """Begin with `start` and follow to the end, whichever it is. `wire` is cut where only that ends it."""
         events = self._qmp.events()
         await start()
-        follow = _Follow(self._qmp, events, on_progress, wire)
+        return await self._follow(_Follow(self._qmp, events, on_progress, wire))
+
+    async def send_with_stop(
+        self,
+        start: Callable[[], Awaitable[None]],
+        look: Callable[[MigrationProgress], Awaitable[None]],
+        at_stop: Callable[[], Awaitable[None]],
+    ) -> MigrationResult:
+        """As `send`, with `pause-before-switchover` set: once the guest is stopped for its last pages `at_stop` is
+        awaited, which lets QEMU go on. When that fails, the transfer is cancelled before its error is raised."""
+        events = self._qmp.events()
+        await start()
+        follow = _FollowWithStop(self._qmp, events, look, at_stop)
+        result = await self._follow(follow)
+        if follow.failed is not None:
+            raise follow.failed
+        return result
+
+    async def _follow(self, follow: _Follow) -> MigrationResult:
         try:
             end = await follow.to_the_end()
         except asyncio.CancelledError:
@@ -130,7 +148,7 @@ class Migrator:
 
     async def set_up(self, capabilities: dict[str, bool], settings: MigrationSettings) -> None:
         """Set every capability and parameter Hostler uses: those in `capabilities`, and all others off."""
-        off = {"return-path": False, "late-block-activate": False, "multifd": False}
+        off = {"return-path": False, "late-block-activate": False, "multifd": False, "pause-before-switchover": False}
         await _set_capabilities(self._qmp, off | {"events": True} | capabilities)
         await commands.migrate_set_parameters(
             self._qmp,
@@ -223,7 +241,8 @@ async def _set_capabilities(qmp: QmpSession, wanted: dict[str, bool]) -> None:
 
 async def _is_sending(qmp: QmpSession) -> bool:
     """Whether a migration is really under way, not only being wound up."""
-    return (await commands.query_migrate(qmp)).get("status") in ("setup", "active", "device", "postcopy-active")
+    sending = ("setup", "active", "device", "postcopy-active", "pre-switchover")
+    return (await commands.query_migrate(qmp)).get("status") in sending
 
 
 async def go_on(qmp: QmpSession) -> None:
@@ -262,10 +281,15 @@ class _Follow:
                 raise QemuFailed(self._qmp.name, "QEMU ended during the migration", gone=True)
             if event is not None and str(event.data.get("status")) in ENDS:
                 return ENDS[str(event.data["status"])]
+            if event is not None and event.data.get("status") == "pre-switchover":
+                await self._stopped()
             if event is None or event.name != "MIGRATION":
                 progress = await self._read()
                 if progress is not None and progress.status in ENDS:
                     return ENDS[progress.status]
+
+    async def _stopped(self) -> None:
+        """The guest stands still, and QEMU waits to be told to go on."""
 
     async def _read(self) -> MigrationProgress | None:
         try:
@@ -297,6 +321,41 @@ class _Follow:
         if self._wire is not None:
             with suppress(OSError):
                 self._wire.shutdown(socket.SHUT_RDWR)
+
+
+class _FollowWithStop(_Follow):
+    """Watches a transfer that waits, with the guest stopped, before its last part."""
+
+    def __init__(
+        self,
+        qmp: QmpSession,
+        events: EventStream,
+        look: Callable[[MigrationProgress], Awaitable[None]],
+        at_stop: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(qmp, events, lambda _: None, None)
+        self._look = look
+        self._at_stop = at_stop
+        self._was_stopped = False
+        self.failed: Exception | None = None
+
+    async def _read(self) -> MigrationProgress | None:
+        progress = await super()._read()
+        if progress is not None:
+            await self._look(progress)
+            if progress.status == "pre-switchover":
+                await self._stopped()
+        return progress
+
+    async def _stopped(self) -> None:
+        if self._was_stopped:
+            return
+        self._was_stopped = True
+        try:
+            await self._at_stop()
+        except HostlerError as error:
+            self.failed = error
+            await commands.migrate_cancel(self._qmp)
 
 
 def _concerns_migration(event: MachineEvent) -> bool:

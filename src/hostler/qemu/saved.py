@@ -47,7 +47,7 @@ async def save_to(
     """
     partial = path + PARTIAL
     async with AsyncExitStack() as undo:
-        file = _create(qmp.name, partial)
+        file = create(qmp.name, partial)
         undo.callback(remove_tree, partial, FEW)
         with os.fdopen(file, "wb", buffering=0):
             if await commands.query_status(qmp) is RunStatus.RUNNING:
@@ -55,7 +55,7 @@ async def save_to(
             await commands.stop(qmp)
             undo.push_async_callback(_close, qmp)
             result = await _write(qmp, migrator, file, path, on_progress)
-            await asyncio.to_thread(_sync_into_place, qmp.name, file, partial, path)
+            await asyncio.to_thread(sync_into_place, qmp.name, file, partial, path)
         undo.pop_all()
     return result
 
@@ -70,7 +70,7 @@ async def _write(
         raise Cancelled(qmp.name, "saving was cancelled")
     if result.end is MigrationEnd.FAILED:
         if os.strerror(errno.ENOSPC) in result.text:
-            raise _no_space(qmp.name, path)
+            raise no_space(qmp.name, path)
         raise QemuFailed(qmp.name, f"QEMU could not save to {path}: {result.text}", path=path)
     return result
 
@@ -117,7 +117,7 @@ async def _close(qmp: QmpSession) -> None:
         await commands.closefd(qmp, _FD)
 
 
-def _create(name: str, path: str) -> int:
+def create(name: str, path: str) -> int:
     """A new file to write. The directory belongs to the VM's user: what is there already, which may be a FIFO that
     blocks whoever opens it, is removed and not used."""
     remove_tree(path, FEW)
@@ -140,7 +140,8 @@ def _open(name: str, path: str) -> int:
     raise BadImage(name, f"{path} is not a file", "discard the saved state and start the VM afresh", path=path)
 
 
-def _sync_into_place(name: str, file: int, partial: str, path: str) -> None:
+def sync_into_place(name: str, file: int, partial: str, path: str) -> None:
+    """A file that is complete gets onto the disk, then its own name."""
     try:
         os.fsync(file)
         os.rename(partial, path)
@@ -155,7 +156,7 @@ def _sync_into_place(name: str, file: int, partial: str, path: str) -> None:
 
 def _file_error(name: str, path: str, error: OSError) -> HostlerError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(name, path)
+        return no_space(name, path)
     if isinstance(error, FileNotFoundError):
         return NotFound(name, f"{path} does not exist", path=path)
     if isinstance(error, PermissionError):
@@ -163,6 +164,7 @@ def _file_error(name: str, path: str, error: OSError) -> HostlerError:
     return QemuFailed(name, f"cannot use {path}: {error.strerror}", path=path)
 
 
-def _no_space(name: str, path: str) -> NoSpace:
+def no_space(name: str, path: str) -> NoSpace:
+    """No room for a state at that path."""
     folder = os.path.dirname(path)
     return NoSpace(name, f"no space is left in {folder} for its saved state", "free some space there", path=path)

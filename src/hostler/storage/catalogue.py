@@ -42,10 +42,8 @@ class Catalogue:
 
     async def add(self, volume: Volume) -> Row[Volume]:
         """A new record. AlreadyExists when its name or path is taken."""
-        checks = [self._table.absent(volume.name), Check(_path_key(volume.path), ABSENT)]
-        writes = [self._table.put(volume.name, volume), Put(_path_key(volume.path), {"name": volume.name})]
         try:
-            revision = await self._store.commit(Transaction(writes, checks))
+            revision = await self._store.commit(self.plan_add(volume))
         except CheckFailed as error:
             raise await self._taken(volume, by_path=error.key == _path_key(volume.path)) from error
         return Row(volume.name, volume, revision)
@@ -70,6 +68,13 @@ class Catalogue:
             if await self._table.find(name) is not None:
                 raise AlreadyExists(f"volume {name}", "there is a volume with that name", "choose another") from error
             raise Busy(f"volume {row.id}", "was changed by somebody else", "try again") from error
+
+    def plan_add(self, volume: Volume) -> Transaction:
+        """The transaction that adds it; CheckFailed when its name or path is taken."""
+        checks = [self._table.absent(volume.name), Check(_path_key(volume.path), ABSENT)]
+        return Transaction(
+            [self._table.put(volume.name, volume), Put(_path_key(volume.path), {"name": volume.name})], checks
+        )
 
     def plan_change(self, row: Row[Volume], volume: Volume) -> Transaction:
         """The transaction that changes it."""

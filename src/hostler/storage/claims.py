@@ -104,6 +104,27 @@ class ClaimBook:
         checks = [Check(_key(thing.path), thing.revision) for thing in held]
         return Transaction(writes, [*checks, Check(_list_key(vm), revision)], durable=bool(writes))
 
+    async def plan_hold(self, vm: str, disks: Sequence[Disk], generation: int) -> Transaction:
+        """As `plan_claim`; what `vm` held for these disks before and they do not need any more is given back."""
+        plan = await self.plan_claim(vm, disks, generation)
+        needed = {real_path(s.path) if s.local else s.path for disk in disks for s in disk.source.layers()}
+        ids = {disk.id for disk in disks}
+        listed, revision = await self._listed(vm)
+        writes = {write.key: write for write in plan.writes}
+        checks = {check.key: check for check in plan.checks}
+        stay = {*listed, *needed}
+        for path in set(listed) - needed:
+            thing = await self._held(path)
+            keep = tuple(c for c in thing.claims if c.vm != vm or c.disk not in ids)
+            if keep != thing.claims:
+                writes[_key(path)] = _put(path, keep) if keep else Delete(_key(path))
+                checks[_key(path)] = Check(_key(path), thing.revision)
+            if all(c.vm != vm for c in keep):
+                stay.discard(path)
+        writes[_list_key(vm)] = _put_list(vm, stay) if stay else Delete(_list_key(vm))
+        checks[_list_key(vm)] = Check(_list_key(vm), revision)
+        return Transaction([*writes.values()], [*checks.values()], durable=True)
+
     async def plan_release(self, vm: str, disks: Sequence[str] | None = None) -> Transaction:
         """The transaction that gives back the claims of `vm` on those disk ids (None: on all). Idempotent."""
         listed, revision = await self._listed(vm)

@@ -84,6 +84,19 @@ class Exports:
         async with self._lock(control):
             await _arrange(control, disk, nodes.IMAGE)
 
+    async def reopen(self, run_dir: str, disk: Disk) -> None:
+        """Serve the image with the rights that `disk` asks for now. Where they are others, clients wait meanwhile and
+        come back. When this fails, it is served as before."""
+        control = _control(run_dir, disk.id)
+        async with self._lock(control):
+            if await _is_read_only(control, disk) == disk.writes:
+                try:
+                    await _arrange(control, disk, None)
+                    await _arrange(control, disk, nodes.IMAGE)
+                except HostlerError:
+                    await _arrange(control, disk.model_copy(update={"read_only": disk.writes}), nodes.IMAGE)
+                    raise
+
     async def close_image(self, run_dir: str, disk: Disk) -> None:
         """Flush and close the image, so that another process may open it; the export is gone until `open_image`.
         Harmless when the process is gone: then the image is closed as well."""
@@ -146,6 +159,18 @@ async def _arrange(control: str, disk: Disk, want: str | None) -> None:
                     await qmp.execute("blockdev-del", node_name=node)
     except (QmpGone, QmpRefused) as error:
         raise _explain(subject, error) from error
+
+
+async def _is_read_only(control: str, disk: Disk) -> bool:
+    """Whether its image is served for reading only now."""
+    try:
+        pid = find_process(control)
+        if pid is None:
+            raise QmpGone("it does not run")
+        async with conversation(control, pid) as qmp:
+            return bool((await _nodes(qmp)).get(nodes.IMAGE, {}).get("ro", False))
+    except (QmpGone, QmpRefused) as error:
+        raise _explain(f"disk {disk.id} ({disk.source.path})", error) from error
 
 
 async def _have_node(qmp: QmpLines, disk: Disk, want: str) -> None:

@@ -201,7 +201,7 @@ class QemuImg:
             await self._create(part, path, format, size)
             # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
             argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", "-O", QEMU_DRIVER[format], *named, part]
-            outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, _teller(on_progress))
+            outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, teller(on_progress))
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)
 
@@ -339,7 +339,8 @@ def _named(source: str, format: ImageFormat) -> str:
     return f"driver=raw,size={size},file.driver=file,file.filename={source.replace(',', ',,')}"
 
 
-def _teller(on_progress: OnProgress | None) -> programs.OnText | None:
+def teller(on_progress: OnProgress | None) -> programs.OnText | None:
+    """What reads qemu-img's progress (-p)."""
     if on_progress is None:
         return None
     tell = on_progress

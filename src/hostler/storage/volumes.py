@@ -353,7 +353,7 @@ def _observe(volume: Volume) -> Volume:
     if volume.state is not VolumeState.READY or volume.kind is not SourceKind.VOLUME:
         return volume
     try:
-        shape = recognise(volume.path, volume.format)
+        shape = recognise(volume.path, volume.format, overlay=volume.backing is not None)
     except NotFound:
         return volume.but(state=VolumeState.MISSING)
     except HostlerError:

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 
 from hostler.model.machine import RunStatus
 from hostler.testing.fake_blocks import Arguments, Emit, FakeBlocks, QmpError
-from hostler.testing.fake_migration import FakeMigration, StartTask
+from hostler.testing.fake_migration import FakeMigration, StartTask, go_on
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -179,6 +179,7 @@ COMMANDS: dict[str, Command] = {
     "closefd": Command(lambda m, a: m.closefd(a), ("fdname",)),
     "migrate": Command(lambda m, a: m.migration.migrate(str(a["uri"])), ("uri",)),
     "migrate-incoming": Command(lambda m, a: m.migration.listen(str(a["uri"])), ("uri",)),
+    "migrate-continue": Command(lambda m, a: go_on(m.migration, a), ("state",)),
     "migrate_cancel": Command(lambda m, _: m.migration.cancel()),
     "query-migrate": Command(lambda m, _: m.migration.query()),
     "migrate-set-capabilities": Command(lambda m, a: m.migration.set_capabilities(a), ("capabilities",)),

@@ -35,7 +35,7 @@ STREAM = 845_064
 """Bytes an empty guest of 64 MiB takes on the wire."""
 
 _TICK = 0.02
-_CAPABILITIES = ("events", "return-path", "late-block-activate", "multifd")
+_CAPABILITIES = ("events", "return-path", "late-block-activate", "multifd", "pause-before-switchover")
 _BUSY = ("setup", "active", "cancelling")
 
 
@@ -103,7 +103,7 @@ class FakeMigration:
         return {}
 
     def cancel(self) -> JsonValue:
-        if self._status in ("setup", "active"):
+        if self._status in ("setup", "active", "pre-switchover"):
             self._set("cancelling")
         return {}
 
@@ -139,6 +139,8 @@ class FakeMigration:
         with os.fdopen(fd, "wb", buffering=0) as file:
             self._set("active")
             await self._pump(lambda part: asyncio.to_thread(_write_all, file.fileno(), part))
+            if self._capabilities["pause-before-switchover"]:
+                await _pause(self, self._machine)
             self._finish(lambda line: _write_all(file.fileno(), line))
         self._complete()
 
@@ -316,3 +318,20 @@ def _write_all(fd: int, data: bytes) -> None:
             data = data[os.write(fd, data) :]
     except OSError as error:
         raise _Failed(f"Unable to write to file: {os.strerror(error.errno or errno.EIO)}") from error
+
+
+async def _pause(migration: FakeMigration, machine: FakeMachine) -> None:
+    """Stop the guest and wait to be told to go on."""
+    machine.stop(RunStatus.FINISH_MIGRATE)
+    migration._set("pre-switchover")
+    while migration._status == "pre-switchover":  # noqa: ASYNC110 - several things change the status
+        await asyncio.sleep(_TICK)
+    migration._raise_if_cancelled()
+
+
+def go_on(migration: FakeMigration, arguments: Arguments) -> JsonValue:
+    """After the pause."""
+    if migration._status != arguments["state"]:
+        raise QmpError(f"Migration not in expected state: {arguments['state']}")
+    migration._set("device")
+    return {}

@@ -16,6 +16,7 @@ import asyncio
 import os
 import shutil
 import ssl
+import struct
 import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,14 +29,15 @@ from hostler.host.paths import Paths
 from hostler.identity.certificates import HostIdentity, load_or_create
 from hostler.identity.invitations import InvitationService
 from hostler.identity.tls import Trust
-from hostler.model.disk import ImageFormat
-from hostler.model.errors import PeerUnreachable
+from hostler.model.disk import DiskSource, ImageFormat
+from hostler.model.errors import NotFound, PeerUnreachable
 from hostler.model.host import HostFacts, Peer
 from hostler.model.job import Job
 from hostler.model.limits import Profile
 from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
 from hostler.model.units import GiB
 from hostler.model.views import HostView, OutgoingStatus, PeerIntroduction
+from hostler.storage.layer_images import LayerImages
 from hostler.storage.qemu_img import OnProgress, QemuImg, new_file
 from hostler.store.sqlite import SqliteStore
 from hostler.testing.faults import Faults
@@ -87,6 +89,29 @@ class PlainImages(QemuImg):
         async with new_file(path) as part:
             shutil.copyfile(source, part)
             os.truncate(part, size)
+
+
+class PlainLayers(LayerImages):
+    """Layers that are headers only: they hold nothing, so that nothing is to be merged."""
+
+    async def create(self, layer: DiskSource) -> None:
+        """A qcow2 as `recognise` wants it: magic, version 2, a size, tables inside the file."""
+        async with new_file(layer.path) as part:
+            header = struct.pack(">4sIQIIQIIQQ", b"QFI\xfb", 2, 8, 1, 16, layer.size, 0, 1, 65536, 131072)
+            await asyncio.to_thread(Path(part).write_bytes, header.ljust(196608, b"\0"))
+
+    async def commit(self, top: DiskSource, on_progress: OnProgress | None = None) -> None:
+        """Nothing to write; both must be there."""
+        assert top.backing is not None
+        for path in (top.path, top.backing.path):
+            if not os.path.exists(path):
+                raise NotFound(f"layer {path}", "does not exist")
+
+    async def flatten(
+        self, top: DiskSource, path: str, format: ImageFormat, on_progress: OnProgress | None = None
+    ) -> None:
+        """An empty image."""
+        await PlainImages().create(path, format, top.size)
 
 
 class NoTls(Trust):
@@ -171,6 +196,7 @@ class Node:
                 migration_address="127.0.0.1",
                 hook=self._hook,
                 image=self.images,
+                layers=PlainLayers(),
             )
         )
         await self._application.start()

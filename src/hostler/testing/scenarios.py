@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from hostler.host.operation import Operation, Params
 from hostler.host.operations import OPERATIONS
 from hostler.host.steps import Plan, Step
 from hostler.host.volume_operations import VOLUME_OPERATIONS
+from hostler.model.checkpoint import Checkpoint, CheckpointState
+from hostler.model.checkpoint_requests import CheckpointCreate
 from hostler.model.disk import Disk, ImageFormat, Media
 from hostler.model.disk_requests import DiskMedium, DiskMove
 from hostler.model.job import Job, JobState
@@ -30,6 +34,7 @@ from hostler.testing.simulated_world import SimulatedQemu
 
 VM = "web"
 NEVER = "never"
+EARLY = datetime(2026, 1, 1, tzinfo=UTC)
 NEW_DISK = "disk1"
 BACKUP = "20261124T100000Z-00000000"
 Change = Callable[[Sequence[Step]], Sequence[Step]]
@@ -126,6 +131,8 @@ class Scenario:
             return {"disk": await _disk(node)}
         if self.plan is not None:
             return await self.plan(node)
+        if self.kind.startswith("checkpoint."):
+            return await _of_checkpoint(node, self.kind)
         if self.kind == "vm.migrate":
             other = next(n for n in node.site.nodes if n is not node)
             settings = settings_of(MigrateRequest(host=other.name))
@@ -184,8 +191,25 @@ async def _medium(node: Node) -> Params:
     )
 
 
+async def _of_checkpoint(node: Node, kind: str) -> Params:
+    """The parameters that a request leads to, always the same."""
+    record = node.application.vms.get(VM)
+    points = await node.application.host.checkpoints.of(record.id)
+    if kind == "checkpoint.create":
+        point = Checkpoint(id="point", vm=record.id, name="p", state=CheckpointState.CREATING, created=EARLY)
+        return {"checkpoint": point.to_json(), "token": "b1"}
+    if kind == "checkpoint.delete":
+        return {"ids": [points[0].id], "memory": []}
+    if kind == "checkpoint.apply":
+        return {"point": points[0].to_json(), "token": "b2", "generation_id": "another"}
+    assert points[0].config is not None
+    config = points[0].config.but(id="clone", name="clone", generation_id="clone", run_as=None)
+    return {"config": config.to_json(), "token": "b3", "full": False}
+
+
 async def act(node: Node, action: str) -> None:
     """Do one thing to the VM, and see that it worked."""
+    job: Job | VmRecord
     if action == "volume":  # with data, then zeroes that take space, then a hole
         path = Path(node.site.image("data.img", size=4 * MiB))
         path.write_bytes(b"x" * MiB + bytes(MiB))
@@ -193,12 +217,14 @@ async def act(node: Node, action: str) -> None:
         known = VolumeRegister(name="data", path=str(path), format=ImageFormat.RAW)
         await node.application.volumes.register(known, "test")
         return
-    if action == "attach":
+    if action == "checkpoint":
+        job = await node.application.checkpoints.create(VM, CheckpointCreate(name="first"), "test")
+    elif action == "attach":
         request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW)
         job = await node.application.vms.attach_disk(VM, request, "test")
-        assert isinstance(job, Job)
     else:
         job = await node.application.vms.act(VM, action, "test")
+    assert isinstance(job, Job)
     ended = await node.finish(job)
     assert ended.state is JobState.DONE, ended
 
@@ -254,6 +280,33 @@ SCENARIOS: tuple[Scenario, ...] = (
         insists=True,
         forward_from="snapshot:after",
     ),
+    Scenario(
+        "checkpoint.create",
+        ("layers", "take", "record", "freeze", "ready"),
+        ("start",),
+        done_by="freeze",
+        forward_from="freeze:before",
+        insists=True,
+    ),
+    Scenario(
+        "checkpoint.delete",
+        ("mark", "merge", "forget"),
+        ("start", "checkpoint"),
+        done_by="merge",
+        forward_from="merge:before",
+        insists=True,
+    ),
+    Scenario(
+        "checkpoint.apply",
+        ("layers", "end", "switch", "tidy"),
+        ("start", "checkpoint", "turn-off"),
+        done_by="switch",
+        forward_from="end:before",
+        insists=True,
+    ),
+    Scenario(
+        "checkpoint.clone", ("disks", "define"), ("start", "checkpoint"), forward_from="define:after", insists=True
+    ),
     Scenario("volume.create", ("create",)),
     Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
     Scenario("volume.checksum", ("read",), ("volume",), forward_from=NEVER),
@@ -307,12 +360,13 @@ async def picture(site: Site) -> dict[str, object]:
             (_owner(site, run_dir), q.status, sorted(map(_disk_picture, q.disks.values())))
             for run_dir, q in site.world.running.items()
         ),
-        "locks": sorted(Path(path).name for path in site.world.locks),
+        "locks": sorted(f"{name[0]}.{name[-1]}" for name in (Path(p).name.split(".") for p in site.world.locks)),
         "wire": sorted(site.world.wire),
         "backups": sorted(f"{p.parent.name}/{p.name}" for p in site.directory.glob("backups/*/*/*")),
         "noted": sorted(_noted(qemu) for qemu in site.world.running.values()),
         "images": sorted(path.name for path in site.directory.glob("*.img")),
         "granted": {path.name: users for path in site.directory.glob("*.img") if (users := granted(path))},
+        "layers": Counter(path.name.split(".")[0] for path in site.directory.glob("*.qcow2")),
     }
     for node in site.nodes:
         found[node.name] = await _of_node(node)
@@ -325,7 +379,9 @@ def _noted(qemu: SimulatedQemu) -> tuple[str, ...]:
 
 
 def _disk_picture(disk: Disk) -> tuple[object, ...]:
-    return (disk.id, Path(disk.source.path).name, disk.source.size, disk.limits.iops)
+    name = Path(disk.source.path).name.split(".")  # of a layer's name the middle is by chance
+    layers = sum(1 for _ in disk.source.layers())
+    return (disk.id, name[0], name[-1], layers, disk.source.size, disk.limits.iops)
 
 
 def _owner(site: Site, run_dir: str) -> str:
@@ -344,7 +400,10 @@ async def _of_node(node: Node) -> dict[str, object]:
     host = node.application.host
     return {
         "vms": [await _of_vm(node, a.record) for a in sorted(host.actors.values(), key=lambda a: a.record.name)],
-        "volumes": [(v.name, v.state, v.format, v.size, v.generation) for v in await node.application.volumes.list()],
+        "volumes": sorted(
+            (v.name.split(".")[0], v.state, v.format, v.size, v.generation)
+            for v in await node.application.volumes.list()
+        ),
         "files": sorted(p.name for p in host.paths.volumes.glob("*")),
         "scratch": sorted(p.name for p in host.paths.state_dir.glob("scratch/*")),
         "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),
@@ -365,6 +424,8 @@ async def _of_vm(node: Node, record: VmRecord) -> dict[str, object]:
         "job": record.job,
         "handed to": record.handed_to,
         "disks": [_disk_picture(d) for d in record.config.disks],
+        "checkpoints": [(p.name, p.state) for p in await host.checkpoints.of(record.id)],
+        "at a checkpoint": record.checkpoint is not None,
         "claims": sorted(c.disk for c in await host.claims.of(record.id)),
         "saved": record.saved is not None,
         "saved files": sorted(p.name for p in host.paths.vm_state(record.id).glob("saved*")),

@@ -12,7 +12,7 @@ after it was killed. Machines migrate over the world's wire, and lock images in 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from hostler.model.disk import Disk
 from hostler.model.errors import HostlerError, InUse, QemuFailed
@@ -127,9 +127,13 @@ class SimulatedMachine:
         await _enter(self, "io_failed")
         return dict(self.qemu.io_status)
 
-    async def save_to(self, path: str, on_progress: OnProgress) -> MigrationResult:
+    async def save_to(
+        self, path: str, on_progress: OnProgress, at_stop: Callable[[], Awaitable[None]] | None = None
+    ) -> MigrationResult:
         """Save."""
         await _enter(self, "save_to")
+        if at_stop is not None:
+            return await moves.checkpoint(self.qemu, path, at_stop, on_progress)
         return await moves.save(self.qemu, path, on_progress)
 
     async def load_from(self, path: str) -> None:

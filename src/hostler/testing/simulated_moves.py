@@ -6,11 +6,20 @@ import asyncio
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from hostler.model.errors import BadImage, Cancelled, NoSpace, NotFound, PeerUnreachable, QemuFailed, WrongState
+from hostler.model.errors import (
+    BadImage,
+    Cancelled,
+    HostlerError,
+    NoSpace,
+    NotFound,
+    PeerUnreachable,
+    QemuFailed,
+    WrongState,
+)
 from hostler.model.machine import MigrationEnd, MigrationResult, RunStatus
 from hostler.model.migration import MigrationMode, MigrationProgress, MigrationSettings
 from hostler.testing.simulated_world import SimulatedQemu
@@ -91,6 +100,34 @@ async def save(qemu: SimulatedQemu, path: str, on_progress: OnProgress) -> Migra
             raise
         raise _save_error(qemu, path, error) from None
     return _complete(qemu)
+
+
+async def checkpoint(
+    qemu: SimulatedQemu, path: str, at_stop: Callable[[], Awaitable[None]], on_progress: OnProgress
+) -> MigrationResult:
+    """As `save`, but the guest is stopped at the end only, and goes on."""
+    if qemu.status is not RunStatus.RUNNING:
+        raise WrongState(qemu.name, "its guest is not running", "resume it first")
+    _refuse_second(qemu)
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(json.dumps({"simulated": qemu.spec.config.id}))
+        _start(qemu)
+        await _pump(qemu, on_progress, lambda: True)
+        qemu.stop()
+        qemu.set_progress(status="pre-switchover")
+        await at_stop()
+        result = _complete(qemu)
+        partial.replace(path)
+    except (OSError, _End, HostlerError, asyncio.CancelledError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        _carry_on(qemu, True)
+        if isinstance(error, HostlerError | asyncio.CancelledError):
+            raise
+        raise _save_error(qemu, path, error) from None
+    qemu.run()
+    return result
 
 
 def _carry_on(qemu: SimulatedQemu, run: bool) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from hostler.host.operation import Operation
 from hostler.host.operations import (
     backup,
+    checkpoint_apply,
+    checkpoint_clone,
+    checkpoint_create,
+    checkpoint_delete,
     discard,
     disk_media,
     disk_move,
@@ -36,5 +40,9 @@ OPERATIONS: dict[str, Operation] = {
         disk_tune.GROW,
         disk_tune.LIMIT,
         disk_media.OPERATION,
+        checkpoint_create.OPERATION,
+        checkpoint_delete.OPERATION,
+        checkpoint_apply.OPERATION,
+        checkpoint_clone.OPERATION,
     )
 }
