@@ -23,11 +23,13 @@ from hostler.identity.gate import Identity
 from hostler.identity.tls import Trust
 from hostler.identity.tokens import TokenService
 from hostler.model.base import utc_now
+from hostler.model.chain import ChainImage, ChainReport, ChainRequest, FlattenRequest
 from hostler.model.disk import Disk, DiskSource
 from hostler.model.errors import GuestRefused, HostlerError, NotFound
 from hostler.model.host import Accelerator, AcceleratorChoice, HostFacts, HostState, QemuFacts
 from hostler.model.job import Job, JobState, JobStep, Progress, StepState
 from hostler.model.limits import PROFILES, Limits, Profile
+from hostler.model.links import LinkState
 from hostler.model.migration import (
     Blocker,
     IncomingPhase,
@@ -158,6 +160,13 @@ class VolumeBook:
 
     async def inspect(self, path: str) -> Volume:
         return Volume(name="", path=path, format="qcow2", size=GiB)
+
+    async def chain(self, request: ChainRequest) -> ChainReport:
+        image = ChainImage(path=request.path, link=LinkState.MISSING, problem="builds on nothing", advice="find it")
+        return ChainReport(path=request.path, images=(image,), sound=False)
+
+    async def flatten(self, request: FlattenRequest, by: str) -> Job:
+        return await self.create(VolumeCreate(name=request.name, source=request.source, format=request.format), by)
 
     async def delete(self, ref: str, by: str, keep_file: bool, dry_run: bool) -> Deleted:
         volume = await self.get(ref)

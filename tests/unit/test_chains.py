@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hostler.model.chain import LinkState
 from hostler.model.errors import BadImage
+from hostler.model.links import LinkState
 from hostler.model.units import MiB, TiB
 from hostler.storage.chains import plan, vhdx_log
 from hostler.storage.chains.chain import MAX_DEPTH, Chain, open_chain

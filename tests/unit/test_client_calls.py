@@ -15,6 +15,7 @@ from hostler.client import answers, calls
 from hostler.client.answers import Model
 from hostler.client.target import Target, default_socket, find_target
 from hostler.identity.authorize import TABLE
+from hostler.model.chain import ChainRequest, FlattenRequest
 from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
@@ -45,7 +46,7 @@ PIN = "ab" * 32
 def test_answers_are_read_as_what_their_annotations_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models are named by text, so that they are imported late; here the texts are compared with the types."""
     namespace = {}
-    for module in ("foreign", "image", "limits", "job", "migration", "pool", "views", "vm", "volume"):
+    for module in ("chain", "foreign", "image", "limits", "job", "migration", "pool", "views", "vm", "volume"):
         namespace |= vars(__import__(f"hostler.model.{module}", fromlist=["x"]))
     hints = typing.get_type_hints(answers, globalns=vars(answers) | namespace)
     checked = 0
@@ -217,6 +218,7 @@ def every_call() -> list[calls.Call[Any]]:
         calls.import_run(ImportRequest(path="/e")),
         calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),
         calls.pool_discover(Discover(portals=("h:1",))),
+        calls.volume_chain(ChainRequest(path="/v")), calls.volume_flatten(FlattenRequest(name="v", source="/v")),
         calls.host_join(JoinRequest(invitation="i")), calls.host_remove(host), calls.jobs(), calls.job(job),
         calls.job_cancel(job), calls.tokens(), calls.token_create(TokenCreate(name="t")), calls.token_revoke(token),
         calls.version(), calls.peer_facts(), calls.peer_check(request), calls.peer_prepare(request),

@@ -21,6 +21,7 @@ DOCUMENTS = sorted(
 )
 
 PROGRAMS = {
+    "7z": "p7zip-full",
     "busybox": "busybox-static",
     "gcc": "gcc",
     "getfacl": "acl",
@@ -38,6 +39,7 @@ PROGRAMS = {
     "swtpm": "swtpm",
     "tgtadm": "tgt",
     "tgtd": "tgt",
+    "vhdimount": "libvhdi-utils",
     "virsh": "libvirt-clients",
     "libvirtd": "libvirt-daemon-system",
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+    from hostler.model.chain import ChainReport
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job
@@ -79,6 +80,7 @@ VMS: Answer[list[VmRecord]] = Model("vm", "VmRecord", many=True)
 VOLUME: Answer[Volume] = Model("volume", "Volume")
 VOLUME_VIEW: Answer[VolumeView] = Model("image", "VolumeView")
 IMAGE: Answer[ImageDetails] = Model("image", "ImageDetails")
+CHAIN: Answer[ChainReport] = Model("chain", "ChainReport")
 VOLUMES: Answer[list[Volume]] = Model("volume", "Volume", many=True)
 POOL: Answer[PoolView] = Model("pool", "PoolView")
 POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)

@@ -15,6 +15,7 @@ from hostler.model.errors import InvalidInput
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
     from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
@@ -243,6 +244,14 @@ def volume_act(ref: str, action: str, request: BaseModel | None = None, *, wait:
         raise InvalidInput(f"action {action!r}", "is not one a volume knows", f"one of: {', '.join(VOLUME_ACTIONS)}")
     path = f"/v1/volumes/{url_part('volume', ref)}/{action}"
     return Call("POST", path, answers.JOB, _query(wait), request, wait)
+
+
+def volume_chain(request: ChainRequest) -> Call[ChainReport]:
+    return Call("POST", "/v1/volumes/chain", answers.CHAIN, body=request)
+
+
+def volume_flatten(request: FlattenRequest, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", "/v1/volumes/flatten", answers.JOB, _query(wait), request, wait)
 
 
 def volume_delete(ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Call[Deleted]:

@@ -24,6 +24,7 @@ from hostler.model.errors import Cancelled, InternalError, TimedOut
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
     from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
@@ -191,6 +192,13 @@ class Volumes:
     def act(self, ref: str, action: str, request: BaseModel | None = None, *, wait: float = 0.0) -> Job:
         """`action` is one of calls.VOLUME_ACTIONS, `request` its body (hostler.model.volume_requests)."""
         return self._send(calls.volume_act(ref, action, request, wait=wait))
+
+    def chain(self, request: ChainRequest) -> ChainReport:
+        """An image with its parents, or every image of a directory."""
+        return self._send(calls.volume_chain(request))
+
+    def flatten(self, request: FlattenRequest, *, wait: float = 0.0) -> Job:
+        return self._send(calls.volume_flatten(request, wait=wait))
 
     def delete(self, ref: str, *, keep_file: bool = False, dry_run: bool = False) -> Deleted:
         return self._send(calls.volume_delete(ref, keep_file=keep_file, dry_run=dry_run))

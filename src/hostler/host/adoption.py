@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from hostler.host.actor import VmActor
+from hostler.host.chains import FLATTEN
 from hostler.host.context import Host
 from hostler.host.operation import Operation
 from hostler.host.roster import Roster
@@ -50,7 +51,8 @@ class Adoption:
         self._roster = roster
         self._operations = operations
         on_volumes = dict.fromkeys(VOLUME_OPERATIONS, host.volumes.work.recover)
-        self._recoveries = {"volume.create": host.volumes.recover, **on_volumes, **(recoveries or {})}
+        of_volumes = {"volume.create": host.volumes.recover, FLATTEN: host.volumes.chains.recover}
+        self._recoveries = {**of_volumes, **on_volumes, **(recoveries or {})}
         self._retrying: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:

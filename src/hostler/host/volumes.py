@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import structlog
 
+from hostler.host.chains import Chains
 from hostler.host.events import EventHub
 from hostler.host.jobs import JobRunner
 from hostler.host.pool_places import Places
 from hostler.host.pools import Pools
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.volume_work import VolumeWork
+from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import InUse, InvalidInput, NotFound
 from hostler.model.image import ImageDetails, VolumeView
@@ -27,7 +29,8 @@ from hostler.model.vm import KernelBoot
 from hostler.model.volume import Volume
 from hostler.storage.claims import ClaimBook
 from hostler.storage.devices import inspect_device
-from hostler.storage.formats import open_regular, recognise
+from hostler.storage.files import open_regular
+from hostler.storage.formats import recognise
 from hostler.storage.qemu_img import OnProgress
 
 log = structlog.get_logger()
@@ -53,6 +56,7 @@ class Volumes:
         self._claims = claims
         self._jobs = jobs
         self._events = events
+        self.chains = Chains(self.service, claims, jobs, events)
 
     async def list(self, pool: str | None = None) -> Sequence[Volume]:
         """Every volume this host knows, by name; with `pool` those in it. NotFound for a pool that is not known."""
@@ -142,6 +146,14 @@ class Volumes:
     async def inspect(self, path: str) -> ImageDetails:
         """Everything about an image file, whether or not it is a known volume."""
         return await self.work.inspect(path)
+
+    async def chain(self, request: ChainRequest) -> ChainReport:
+        """An image with its parents, or all images of a directory, each link judged."""
+        return await self.chains.survey(request)
+
+    async def flatten(self, request: FlattenRequest, by: str) -> Job:
+        """Begin to make a volume of an image and its parents; the job's result is the volume."""
+        return await self.chains.flatten(request, by)
 
     async def delete(self, ref: str, by: str, keep_file: bool = False, dry_run: bool = False) -> Deleted:
         """Forget a volume, and delete its file unless `keep_file`. InUse while anything depends on it: a VM, also one

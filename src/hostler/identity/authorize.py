@@ -70,6 +70,8 @@ TABLE: dict[str, Rule] = {
     "POST /v1/volumes/register": _P.CONFIGURE,
     # Reads any path that the daemon can read, hence not for viewers.
     "POST /v1/volumes/inspect": _P.CONFIGURE,
+    "POST /v1/volumes/chain": _P.CONFIGURE,
+    "POST /v1/volumes/flatten": _P.CONFIGURE,
     "GET /v1/volumes/{volume}": _P.VIEW,
     "DELETE /v1/volumes/{volume}": _P.CONFIGURE,
     "GET /v1/volumes/{volume}/details": _P.VIEW,

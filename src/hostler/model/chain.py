@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from hostler.model.base import Record
-
-
-class ImageKind(StrEnum):
-    """What an image of Hyper-V is. A differencing one (.avhd, .avhdx) holds the changes to its parent."""
-
-    FIXED = "fixed"
-    DYNAMIC = "dynamic"
-    DIFFERENCING = "differencing"
-
-
-class LinkState(StrEnum):
-    """What was found at the place of an image's parent."""
-
-    BASE = "base"
-    """It has no parent and needs none."""
-    SOUND = "sound"
-    MISSING = "missing"
-    """No file by any of the names it gives, in the directories that were looked in."""
-    FOREIGN = "foreign"
-    """There is a file by that name, but it is another image or has been written by somebody else since."""
-    LOOP = "loop"
-    """Its parents lead back to itself."""
-    TOO_DEEP = "too-deep"
-    DAMAGED = "damaged"
-    """The image itself cannot be read, so nobody knows."""
+from hostler.model.base import Input, Record
+from hostler.model.disk import ImageFormat
+from hostler.model.links import ImageKind, LinkState
+from hostler.model.vm import AbsolutePath
 
 
 class ChainImage(Record):
@@ -67,3 +45,23 @@ class ChainReport(Record):
     path: str
     images: tuple[ChainImage, ...]
     sound: bool
+
+
+class ChainRequest(Input):
+    """`path`: an image, or a directory of images. `search`: directories in which parents may be, beside the directory
+    of each image itself; no others are looked in."""
+
+    path: AbsolutePath
+    search: tuple[AbsolutePath, ...] = Field(default=(), max_length=16)
+
+
+class FlattenRequest(Input):
+    """A new volume with the content of the image `source` and its parents. `path`: where its file goes; `size` at least
+    the source's, in bytes; `search` as in ChainRequest."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=100)]
+    source: AbsolutePath
+    format: ImageFormat = ImageFormat.QCOW2
+    path: AbsolutePath | None = None
+    size: int | None = Field(default=None, ge=512)
+    search: tuple[AbsolutePath, ...] = Field(default=(), max_length=16)

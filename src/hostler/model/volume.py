@@ -60,6 +60,8 @@ class Volume(Record):
     made_by: str = ""
     """Id of the job that made it, "" where that is nobody's business: a job that is undone removes what it made itself,
     and nothing else of the same name."""
+    job: str = ""
+    """While it is being made: the job that goes on with that after a restart of the daemon; "" where nobody would."""
     state: VolumeState = VolumeState.READY
     created: datetime | None = None
 

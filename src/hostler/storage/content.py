@@ -23,7 +23,7 @@ from hostler.storage import programs
 from hostler.storage.chains.chain import open_layer
 from hostler.storage.chains.layer import Layer
 from hostler.storage.chains.source import ABSENT, LITERAL, ZERO, ImageFile, Piece, merged
-from hostler.storage.formats import open_regular
+from hostler.storage.files import open_regular
 from hostler.storage.nbd_read import NbdImage
 from hostler.storage.qemu_img import COPY_BOUNDS, QemuImg, explain
 from hostler.storage.waiting import in_thread

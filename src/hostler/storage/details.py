@@ -17,7 +17,7 @@ from hostler.model.errors import BadImage
 from hostler.model.image import ImageBitmap, ImageSnapshot
 from hostler.storage import footer as vhd
 from hostler.storage import vhdx
-from hostler.storage.formats import open_regular
+from hostler.storage.files import open_regular
 
 _VHD_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 _QCOW2_DIRTY, _QCOW2_CORRUPT, _QCOW2_EXTENDED = 0x1, 0x2, 0x10

@@ -58,6 +58,39 @@ def parse_footer(block: bytes) -> Footer | None:
     return Footer(kind=fields[11], size=fields[9], table=fields[3], id=uuid.UUID(bytes=fields[13]))
 
 
+def make_footer(kind: DiskType, size: int, id: uuid.UUID) -> bytes:
+    """A footer. Its creator is given as Hyper-V's: for creators that it does not know, QEMU takes the size of the disk
+    from cylinders, heads and sectors, which cannot say every size."""
+    geometry = _geometry(size // SECTOR)
+    table = 2**64 - 1 if kind is DiskType.FIXED else SECTOR
+    fields = (COOKIE, 2, 0x10000, table, 0, b"win ", 0x60001, b"Wi2k", size, size)
+    block = bytearray(struct.pack(">8sIIQI4sI4sQQ", *fields) + geometry + struct.pack(">II16s", kind, 0, id.bytes))
+    block += bytes(SECTOR - len(block))
+    struct.pack_into(">I", block, 64, checksum(bytes(block), 64))
+    return bytes(block)
+
+
+def make_header(table: int, entries: int, block_size: int) -> bytes:
+    """The header of a dynamic VHD without a parent, whose block table is at `table`."""
+    header = bytearray(1024)
+    struct.pack_into(">8sQQIII", header, 0, b"cxsparse", 2**64 - 1, table, 0x10000, entries, block_size)
+    struct.pack_into(">I", header, 36, checksum(bytes(header), 36))
+    return bytes(header)
+
+
+def _geometry(sectors: int) -> bytes:
+    """Cylinders, heads and sectors by the algorithm of the specification's appendix."""
+    total = min(sectors, 65535 * 16 * 255)
+    if total >= 65535 * 16 * 63:
+        return struct.pack(">HBB", total // 255 // 16, 16, 255)
+    per_track, heads = 17, max(4, -(-(total // 17) // 1024))
+    if total // 17 >= heads * 1024 or heads > 16:
+        per_track, heads = 31, 16
+    if total // per_track >= heads * 1024:
+        per_track, heads = 63, 16
+    return struct.pack(">HBB", total // per_track // heads, heads, per_track)
+
+
 def check_blocks(fd: int, path: str, footer: Footer) -> None:
     """For a dynamic VHD: its header is sound and every block lies inside the file; BadImage otherwise.
 

@@ -8,14 +8,14 @@ choice) onto a disk that was raw. And an image that refers to another file is re
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from dataclasses import dataclass
 
 from hostler.model.disk import ImageFormat
-from hostler.model.errors import BadImage, HostlerError, InvalidInput, NotFound, NotPermitted
+from hostler.model.errors import BadImage
 from hostler.storage import footer as vhd
 from hostler.storage import vhdx
+from hostler.storage.files import open_regular
 
 QEMU_DRIVER: dict[ImageFormat, str] = {
     ImageFormat.RAW: "raw",
@@ -85,34 +85,6 @@ def recognise(path: str, declared: ImageFormat | None = None, deep: bool = False
         raise BadImage(f"image {path}", f"cannot be read: {error.strerror}", "look at the disk it is on") from error
     finally:
         os.close(fd)
-
-
-def open_regular(path: str) -> int:
-    """A read-only descriptor of the regular file at `path`; the caller closes it. Never blocks on a FIFO."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        raise _cannot_open(path, error) from error
-    except ValueError as error:
-        raise InvalidInput(f"path {path!r}", "has a NUL character", "give another path") from error
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return fd
-    os.close(fd)
-    raise InvalidInput(f"path {path}", f"is {_kind(mode)}, not a file", "name the image file itself")
-
-
-def _cannot_open(path: str, error: OSError) -> HostlerError:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return NotFound(f"file {path}", "does not exist", "check the path")
-    if isinstance(error, PermissionError):
-        return NotPermitted(f"file {path}", "may not be read by this daemon", "check its owner and mode")
-    return InvalidInput(f"path {path}", f"cannot be opened: {error.strerror}", "give another path")
-
-
-def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISBLK, "a block device"), (stat.S_ISCHR, "a character device"))
-    return next((text for test, text in kinds if test(mode)), "a pipe or socket")
 
 
 def _sizes(fd: int) -> tuple[int, int]:
@@ -226,7 +198,7 @@ def _differencing(path: str, what: str) -> BadImage:
     return BadImage(
         f"image {path}",
         f"is a differencing {what}: it holds the changes to a parent disk only",
-        "merge it into its parent with Hyper-V first, then use the parent",
+        "make one whole disk of it and its parents: hostler volume flatten IMAGE NAME",
     )
 
 

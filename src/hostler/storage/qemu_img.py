@@ -229,7 +229,7 @@ async def new_file(path: str) -> AsyncIterator[str]:
     part = _reserve(path)
     try:
         yield part
-        await whole(asyncio.to_thread(_keep, part, path), lambda _: asyncio.to_thread(os.unlink, path))
+        await whole(asyncio.to_thread(keep_file, part, path), lambda _: asyncio.to_thread(os.unlink, path))
     finally:
         with suppress(FileNotFoundError):
             os.unlink(part)
@@ -279,8 +279,9 @@ def _reserve(path: str) -> str:
     return str(part)
 
 
-def _keep(part: str, path: str) -> None:
-    """Onto the disk, then to its own name. link(2) fails where the name is taken, rename(2) would overwrite."""
+def keep_file(part: str, path: str) -> None:
+    """Onto the disk, then to its own name; `part` may stay beside it. link(2) fails where the name is taken, rename(2)
+    would overwrite."""
     try:
         _sync(part)
         try:

@@ -18,8 +18,9 @@ from hostler.model.image import Soundness, Verdict
 from hostler.storage.chains.source import ImageFile
 from hostler.storage.chains.vhd import VhdLayer, bitmap_size, open_vhd
 from hostler.storage.details import read_details
+from hostler.storage.files import open_regular
 from hostler.storage.footer import SECTOR, DiskType, parse_footer
-from hostler.storage.formats import open_regular, recognise
+from hostler.storage.formats import recognise
 from hostler.storage.qemu_img import QemuImg
 from hostler.storage.waiting import in_thread
 

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 
 from hostler.model.errors import BadImage
-from hostler.storage.formats import open_regular
+from hostler.storage.files import open_regular
 
 MAGIC = b"KDMV"
 SECTOR = 512

@@ -47,7 +47,7 @@ class VolumeService:
         claims: ClaimBook | None = None,
         image: QemuImg | None = None,
     ) -> None:
-        self._store = store
+        self.store = store
         self._directory = directory
         self.limits = limits
         self._claims = claims or ClaimBook(store)
@@ -162,7 +162,7 @@ class VolumeService:
         """Look closely at an image file, known or not, in use or not. For a known volume the recorded format holds,
         whatever its content looks like by now. BadImage, NotFound, InvalidInput, NotPermitted."""
         seen = await self.look(path, format)
-        shape = await self._examine(path, seen.format)
+        shape = await self.examine(path, seen.format)
         return seen.but(size=shape.size, allocated=shape.allocated)
 
     async def look(self, path: str, format: ImageFormat | None = None) -> Volume:
@@ -195,7 +195,7 @@ class VolumeService:
         for _ in range(_TRIES):
             row = await self._catalogue.get(ref)
             if row.value.state is VolumeState.CREATING:
-                if row.id in self._making:
+                if row.id in self._making or row.value.job:
                     raise Busy(f"volume {row.id}", "is being created", "wait for that, or cancel it")
                 await self._finish_create(row)  # nobody makes it any more: its undoing has failed
                 continue
@@ -203,7 +203,7 @@ class VolumeService:
             keep = await self._claims.plan_keep(row.value.path, row.value.identity)
             plan = self._plan_delete(row, keep, keep_file)
             try:
-                revision = await self._store.commit(plan)
+                revision = await self.store.commit(plan)
             except CheckFailed:
                 continue
             if not keep_file:
@@ -217,7 +217,7 @@ class VolumeService:
             if row.value.state is VolumeState.DELETING:
                 with suppress(NotPermitted):  # still not deletable: it is ready again and says so when asked
                     await self._finish_delete(row)
-            elif row.value.state is VolumeState.CREATING:
+            elif row.value.state is VolumeState.CREATING and not row.value.job:
                 await self._finish_create(row)
 
     # steps
@@ -264,7 +264,7 @@ class VolumeService:
         return row
 
     async def _complete(self, undo: AsyncExitStack, row: Row[Volume]) -> Volume:
-        shape = await self._examine(row.value.path, row.value.format)
+        shape = await self.examine(row.value.path, row.value.format)
         ready = row.value.but(size=shape.size, allocated=shape.allocated, state=VolumeState.READY)
         await whole(self._catalogue.change(row, ready), self._forget)
         undo.pop_all()
@@ -273,7 +273,7 @@ class VolumeService:
 
     async def _forget(self, row: Row[Volume]) -> None:
         with suppress(CheckFailed):  # somebody else has dealt with it
-            await asyncio.shield(self._store.commit(self._catalogue.plan_remove(row)))
+            await asyncio.shield(self.store.commit(self._catalogue.plan_remove(row)))
 
     def _plan_delete(self, row: Row[Volume], keep: Transaction, keep_file: bool) -> Transaction:
         """Without the file one transaction does it all; with it, the record says what is under way."""
@@ -302,7 +302,7 @@ class VolumeService:
         for part in leftovers(row.value.path):
             part.unlink(missing_ok=True)
         try:
-            shape = await self._examine(row.value.path, row.value.format)
+            shape = await self.examine(row.value.path, row.value.format)
         except HostlerError:
             await self._commit(self._catalogue.plan_remove(row))
             return
@@ -311,7 +311,7 @@ class VolumeService:
 
     async def _commit(self, plan: Transaction, *more: Put | Delete) -> None:
         with suppress(CheckFailed):  # somebody else has finished the same
-            await self._store.commit(Transaction([*plan.writes, *more], plan.checks))
+            await self.store.commit(Transaction([*plan.writes, *more], plan.checks))
 
     async def _source(self, source: str, format: ImageFormat | None) -> tuple[str, Shape]:
         """Path and shape of what shall be copied; refused while a VM may write it."""
@@ -319,12 +319,12 @@ class VolumeService:
         path = row.value.path if row else source
         _check_path(path)
         self._claims.refuse([c for c in await self._claims.on(path) if c.write], f"volume {source}")
-        shape = await self._examine(path, row.value.format if row else format)
+        shape = await self.examine(path, row.value.format if row else format)
         if row is None:
             _require_said(path, shape.format, format)
         return path, shape
 
-    async def _examine(self, path: str, format: ImageFormat | None) -> Shape:
+    async def examine(self, path: str, format: ImageFormat | None) -> Shape:
         """First our own look, which finds references to other files, then QEMU's, which opens it."""
         shape = await in_thread(f"image {path}", lambda: recognise(path, format, deep=True))
         if shape.format is ImageFormat.RAW:

@@ -19,7 +19,9 @@ POOL = click.option(
 )
 
 
+CHAINS = ("chain", "flatten")
 _LAZY = {**{name: f"volume:{name}_" for name in NAMES}, **{name: f"volume_work:{name}_" for name in WORK}}
+_LAZY |= {name: f"volume_chain:{name}_" for name in CHAINS}
 
 
 @click.group("volume", cls=LazyGroup, lazy=_LAZY)

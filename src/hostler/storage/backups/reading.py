@@ -14,7 +14,7 @@ from hostler.model.backup import BackedDisk
 from hostler.model.errors import BadImage, HostlerError, NotFound
 from hostler.storage.backups.copying import CHECKSUM, checksum, read_sums
 from hostler.storage.backups.qcow2 import Entry, Reader
-from hostler.storage.formats import open_regular
+from hostler.storage.files import open_regular
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hostler.model.chain import LinkState
 from hostler.model.errors import BadImage
+from hostler.model.links import LinkState
 from hostler.storage.chains.layer import Layer, ParentLink
 from hostler.storage.chains.locate import candidates, open_within
 from hostler.storage.chains.source import ImageFile
 from hostler.storage.chains.vhd import open_vhd
 from hostler.storage.chains.vhdx import is_vhdx, open_vhdx
-from hostler.storage.formats import open_regular
+from hostler.storage.files import open_regular
 
 MAX_DEPTH = 64
 """Images of the longest chain that is read. Hyper-V allows 50 checkpoints (2008 R2)."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from hostler.model.errors import HostlerError
 from hostler.storage.chains.source import ImageFile
-from hostler.storage.formats import open_regular
+from hostler.storage.files import open_regular
 
 MAX_PARTS = 3
 """Last parts of an absolute path that are tried: DIRECTORY/DIRECTORY/NAME."""

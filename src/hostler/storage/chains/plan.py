@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from hostler.storage.chains.layer import Layer
-from hostler.storage.chains.source import ABSENT, LITERAL, ZERO, ImageFile, merged, unreadable
+from hostler.storage.chains.source import ABSENT, LITERAL, MAX_READ, ZERO, ImageFile, merged, unreadable
 
 
 class Extent(NamedTuple):
@@ -107,9 +107,11 @@ def read(layers: Sequence[Layer], start: int, length: int) -> bytes:
 
 
 def read_extent(layers: Sequence[Layer], extent: Extent) -> bytes:
-    """The bytes of one (small) extent."""
+    """The bytes of one extent that fits into memory."""
     if extent.at == ZERO:
         return bytes(extent.length)
     if extent.at == LITERAL:
         return extent.literal
-    return layers[extent.source].file.read(extent.at, extent.length)
+    file = layers[extent.source].file
+    steps = range(0, extent.length, MAX_READ)
+    return b"".join(file.read(extent.at + step, min(MAX_READ, extent.length - step)) for step in steps)

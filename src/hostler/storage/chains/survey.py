@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from hostler.model.chain import ChainImage, ChainReport, ImageKind, LinkState
+from hostler.model.chain import ChainImage, ChainReport
 from hostler.model.errors import HostlerError, InvalidInput
+from hostler.model.links import ImageKind, LinkState
 from hostler.storage.chains.chain import BASE, MAX_DEPTH, Chain, Link, find_parent, open_chain, open_image, warnings_of
 from hostler.storage.chains.layer import Layer
 

@@ -25,7 +25,8 @@ from hostler.model.pool import (
     state_of,
 )
 from hostler.model.volume import Volume
-from hostler.storage.formats import SUFFIX, open_regular, recognise
+from hostler.storage.files import open_regular
+from hostler.storage.formats import SUFFIX, recognise
 from hostler.storage.pools import filesystem
 from hostler.storage.pools.contract import DEADLINE, MAX_SCAN, SCAN_DEADLINE, Contents
 from hostler.storage.pools.lane import Lane

@@ -10,6 +10,7 @@ from hostler.api.rest.guard import noun_router
 from hostler.api.rest.routes.vms import DryRun
 from hostler.api.rest.routes.waiting import JOB_ANSWERS, Answer
 from hostler.api.rest.state import App, By
+from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
 from hostler.model.image import ImageDetails, VolumeView
 from hostler.model.job import Job
 from hostler.model.requests import InspectRequest, VolumeCreate, VolumeRegister
@@ -45,6 +46,18 @@ async def register_volume(request: VolumeRegister, app: App, by: By) -> Volume:
 async def inspect_image(request: InspectRequest, app: App) -> ImageDetails:
     """Everything about an image file. Changes nothing."""
     return await app.volumes.inspect(request.path)
+
+
+@router.post("/volumes/chain")
+async def survey_chain(request: ChainRequest, app: App) -> ChainReport:
+    """An image with its parents, or every image of a directory. Changes nothing."""
+    return await app.volumes.chain(request)
+
+
+@router.post("/volumes/flatten", responses=JOB_ANSWERS)
+async def flatten_chain(request: FlattenRequest, app: App, by: By, answer: Answer) -> Job:
+    """A new volume with the content of an image and its parents."""
+    return await answer.answer(await app.volumes.flatten(request, by))
 
 
 @router.get("/volumes/{volume}")
