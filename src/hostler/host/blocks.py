@@ -19,6 +19,7 @@ from typing import Protocol
 from hostler.host.moments import Moments
 from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk, DiskSource, IoLimits
+from hostler.model.pool import Connection
 
 OnBlockJob = Callable[[BlockJob], None]
 
@@ -32,6 +33,10 @@ class Blocks(Protocol):
 
     async def layers(self) -> dict[str, tuple[str, ...]]:
         """For each disk id, the node names of the layers QEMU has under its device now, top first."""
+
+    async def connect(self, connection: Connection) -> None:
+        """From now on this QEMU can reach that network pool, whose files of secrets are there. Harmless when repeated;
+        later values count for what is opened later."""
 
     # layers
 

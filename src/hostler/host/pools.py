@@ -18,6 +18,7 @@ from hostler.model.disk import SourceKind
 from hostler.model.errors import HostLacks, HostlerError, InUse, InvalidInput, NotFound, WrongState
 from hostler.model.pool import (
     DEFAULT_POOL,
+    Connection,
     Discover,
     Pool,
     PoolChange,
@@ -129,6 +130,15 @@ class Pools:
     async def named(self, name: str) -> PoolDriver:
         """The driver of the pool of that name. NotFound."""
         return await self.driver((await self._book.get(name)).value)
+
+    async def reach(self, name: str) -> tuple[Connection, PoolSecrets]:
+        """How QEMU reaches that network pool now, and with which secrets. Errors of the storage system, HostLacks for a
+        pool that is none."""
+        driver = await self.named(name)
+        connection = await driver.connection()
+        if connection is None:
+            raise HostLacks(f"pool {name}", "is a directory of this host, no network pool", "look at the pool")
+        return connection, await self._book.secrets(name)
 
     async def pool_at(self, path: str) -> Pool | None:
         """The pool of files in whose directory `path` lies; None when there is none."""

@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
+from hostler.host.connections import Connections, Reach
+from hostler.host.hypervisor import Machine
 from hostler.host.paths import Paths
 from hostler.model.disk import Disk, DiskSource
 from hostler.model.errors import HostlerError
@@ -46,9 +48,20 @@ class Settings(Protocol):
 
 
 class Resources:
-    """Makes and gives back what VMs need from this host."""
+    """Makes and gives back what VMs need from this host. `reach`: how a network pool is reached now, and its secrets;
+    `machine_of`: the running machine of a VM, to which a pool is connected while it runs."""
 
-    def __init__(self, paths: Paths, settings: Settings, taps: Taps, exports: Exports) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        settings: Settings,
+        taps: Taps,
+        exports: Exports,
+        reach: Reach,
+        machine_of: Callable[[str], Machine | None],
+    ) -> None:
+        self._connections = Connections(paths, reach)
+        self._machine_of = machine_of
         self._paths = paths
         self._settings = settings
         self._taps = taps
@@ -72,6 +85,7 @@ class Resources:
             taps={n.id: self._taps.name(config.id, n.id) for n in config.nics if n.network is Network.BRIDGE},
             exports={d.id: socket for d in config.disks if (socket := self.export_of(config, d)) is not None},
             incoming=incoming,
+            connections=self._connections.made(config),
         )
 
     def export_of(self, config: VmConfig, disk: Disk) -> str | None:
@@ -96,6 +110,7 @@ class Resources:
             undo.push_async_callback(self.release, config)
             await asyncio.to_thread(self._directories, config)
             await asyncio.to_thread(self._grant_all, config)
+            await self._connections.make(config, config.disks)
             for disk in config.disks:
                 await self._start_export(config, disk, placeholder)
             await self._make_taps(config)
@@ -138,6 +153,7 @@ class Resources:
                 await self._quietly("export", self._exports.stop(str(self._paths.vm_run(config.id)), base_name(disk)))
         if not moved:
             await asyncio.to_thread(self._revoke_all, config)
+        self._connections.forget(config.id)
         await asyncio.to_thread(remove_tree, self._paths.vm_run(config.id))
         if forget:
             await asyncio.to_thread(remove_tree, self._paths.vm_state(config.id))
@@ -185,6 +201,10 @@ class Resources:
             undo.push_async_callback(self.revoke, config, disk)
             if config.run_as is not None:
                 await asyncio.to_thread(_grant_layers, disk, config.run_as)
+            for connection in await self._connections.make(config, (disk,)):
+                machine = self._machine_of(config.id)
+                if machine is not None:
+                    await machine.blocks.connect(connection)
             await self._start_export(config, disk, placeholder=False)
             undo.pop_all()
 

@@ -8,6 +8,7 @@ from pydantic import JsonValue
 
 from hostler.model.base import Record
 from hostler.model.host import Accelerator
+from hostler.model.pool import Connection
 from hostler.model.vm import VmConfig
 
 
@@ -55,6 +56,8 @@ class LaunchSpec(Record):
     taps: dict[str, str] = {}
     exports: dict[str, str] = {}
     incoming: bool = False
+    connections: tuple[Connection, ...] = ()
+    """How the network pools of its disks are reached, with the files of their secrets."""
 
 
 class MigrationEnd(StrEnum):

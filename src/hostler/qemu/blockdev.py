@@ -34,6 +34,7 @@ from pydantic import JsonValue
 
 from hostler.model.disk import Bus, CacheMode, Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import InvalidInput
+from hostler.qemu.network_disks import protocol_options
 
 Options = dict[str, JsonValue]
 Aio = Literal["threads", "native", "io_uring"]
@@ -145,7 +146,7 @@ def overlay_options(disk: Disk, aio: Aio = "threads") -> Options:
 def reopen_options(disk: Disk, layer: DiskSource, writes: bool, export: str | None, aio: Aio) -> list[Options]:
     """Both nodes of a layer as blockdev-reopen wants them: everything said again, children by their names."""
     common = _common_options(disk, writes)
-    protocol = _nbd_options(disk, layer, export, common) if export else _file_options(disk, layer, aio, common)
+    protocol = _protocol_options(disk, layer, export, aio, common)
     node = _layer_options(disk, layer, export, aio, None) | common | {"file": _protocol(disk, layer)}
     if "backing" in node and layer.backing is not None:
         node["backing"] = layer_node(disk, layer.backing)
@@ -155,7 +156,7 @@ def reopen_options(disk: Disk, layer: DiskSource, writes: bool, export: str | No
 def _layer_options(disk: Disk, layer: DiskSource, export: str | None, aio: Aio, backing: Options | None) -> Options:
     """One layer on top of `backing`. Layers below the top one are only read."""
     common = _common_options(disk, writes=disk.writes and layer is disk.source)
-    protocol = _nbd_options(disk, layer, export, common) if export else _file_options(disk, layer, aio, common)
+    protocol = _protocol_options(disk, layer, export, aio, common)
     options: Options = {
         "driver": "raw" if export is not None else _DRIVER[layer.format],
         "node-name": layer_node(disk, layer),
@@ -238,6 +239,14 @@ def _common_options(disk: Disk, writes: bool) -> Options:
         "discard": "unmap" if disk.discard and writes else "ignore",
         "cache": {"direct": disk.cache is CacheMode.NONE, "no-flush": False},
     }
+
+
+def _protocol_options(disk: Disk, layer: DiskSource, export: str | None, aio: Aio, common: Options) -> Options:
+    if export:
+        return _nbd_options(disk, layer, export, common)
+    if layer.networked:
+        return {"node-name": _protocol(disk, layer), **protocol_options(layer), **common}
+    return _file_options(disk, layer, aio, common)
 
 
 def _file_options(disk: Disk, layer: DiskSource, aio: Aio, common: Options) -> Options:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk, DiskSource, IoLimits
-from hostler.qemu import bitmaps, blockjobs, drives, layers
+from hostler.model.pool import Connection
+from hostler.qemu import bitmaps, blockjobs, commands, drives, layers, network_disks
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.fleecing import Fleecing
@@ -34,6 +35,14 @@ class QemuBlocks:
     async def layers(self) -> dict[str, tuple[str, ...]]:
         """Nodes of each disk."""
         return await layers.chains(self._qmp)
+
+    async def connect(self, connection: Connection) -> None:
+        """Secrets as objects; those of the same pool are replaced (images that are open keep what they have)."""
+        async with self._lock:
+            for secret in network_disks.objects(connection):
+                await commands.object_del(self._qmp, str(secret["id"]))
+                await commands.object_add(self._qmp, secret)
+            self._qmp.connections[connection.pool] = connection
 
     async def push(self, disks: Sequence[Disk], bitmaps: Mapping[str, Sequence[str]] = {}) -> None:
         """New top layers."""

@@ -31,6 +31,7 @@ from hostler.model.units import GiB, KiB
 from hostler.model.vm import Firmware, VmConfig
 from hostler.qemu import pci
 from hostler.qemu.blockdev import FLOPPY_CONTROLLER, Aio, blockdev_options, device_options
+from hostler.qemu.network_disks import objects, reach
 from hostler.qemu.paths import RunDir, StateDir
 
 AGENT_CHANNEL: Final = "org.qemu.guest_agent.0"
@@ -270,9 +271,14 @@ def _disks(spec: LaunchSpec, facts: QemuFacts) -> list[str]:
         arguments += _device("virtio-scsi-pci", f"scsi{index}", pci.scsi_controller(index), iothread=thread)
     if any(disk.bus is Bus.FLOPPY for disk in spec.config.disks):
         arguments += _json("-device", {"driver": "isa-fdc", "id": FLOPPY_CONTROLLER})
+    connections = {connection.pool: connection for connection in spec.connections}
+    for connection in spec.connections:
+        for secret in objects(connection):
+            arguments += _json("-object", secret)
     for disk in sorted(spec.config.disks, key=lambda disk: disk.address, reverse=True):
         if disk.source.kind is not SourceKind.EMPTY:
-            arguments += _json("-blockdev", blockdev_options(disk, spec.exports.get(disk.id), aio_for(facts)))
+            options = blockdev_options(disk, spec.exports.get(disk.id), aio_for(facts))
+            arguments += _json("-blockdev", reach(options, connections))
         arguments += _json("-device", device_options(disk))
     return arguments
 

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from hostler.model.errors import QemuFailed
 from hostler.model.machine import RunStatus
+from hostler.qemu.network_disks import reach
 from hostler.qemu.qmp import COMMAND_DEADLINE, QmpSession
 
 Options = Mapping[str, JsonValue]
@@ -85,7 +86,7 @@ async def announce_self(qmp: QmpSession) -> None:
 
 async def blockdev_add(qmp: QmpSession, options: Options) -> None:
     """Make a block graph."""
-    await qmp.execute("blockdev-add", options, deadline=BLOCK_DEADLINE)
+    await qmp.execute("blockdev-add", reach(options, qmp.connections), deadline=BLOCK_DEADLINE)
 
 
 async def blockdev_del(qmp: QmpSession, node: str) -> None:

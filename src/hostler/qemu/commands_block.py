@@ -12,6 +12,7 @@ from typing import cast
 from pydantic import JsonValue
 
 from hostler.qemu.commands import BLOCK_DEADLINE, PERIPHERALS, Options, understood
+from hostler.qemu.network_disks import reach
 from hostler.qemu.qmp import QmpSession
 
 Action = dict[str, JsonValue]
@@ -165,7 +166,9 @@ def backup_action(options: Mapping[str, JsonValue]) -> Action:
 
 async def blockdev_reopen(qmp: QmpSession, options: Sequence[Options]) -> None:
     """Change the options of nodes, all or none; children are named."""
-    await qmp.execute("blockdev-reopen", {"options": [dict(o) for o in options]}, deadline=BLOCK_DEADLINE)
+    await qmp.execute(
+        "blockdev-reopen", {"options": [reach(o, qmp.connections) for o in options]}, deadline=BLOCK_DEADLINE
+    )
 
 
 async def blockdev_mirror(qmp: QmpSession, options: Options) -> None:

@@ -215,6 +215,7 @@ class QemuHypervisor:
         started = await launch(spec, self._facts)
         try:
             qmp = await _connect(name, started, START_DEADLINE)
+            qmp.connections.update({connection.pool: connection for connection in spec.connections})
             await _unplug_cables(qmp, spec.config)
             await _limit_disks(qmp, spec.config)
             return QemuMachine(spec.config.id, name, started, qmp, aio_for(self._facts), incoming=spec.incoming)

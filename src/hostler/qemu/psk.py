@@ -6,20 +6,15 @@ receiving side (GnuTLS) at each handshake: so the one is removed at once, the ot
 Beside it lies `dh-params.pem`: without it the receiving QEMU makes Diffie-Hellman parameters of its own, a search for a
 large prime that takes from 0.1 to several seconds during which its monitor stands still. We give it the group ffdhe2048
 of RFC 7919, which is what TLS 1.3 negotiates anyway.
-
-Where the daemon is root, the run directory belongs to the user of that one QEMU, who may be hostile (a guest that broke
-out): everything is made relative to an open directory that is ours, and no link is followed.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import os
 from functools import cache
-from pathlib import Path
 
-from hostler.removal import FEW, remove_tree
+from hostler.qemu import secret_files
 
 USERNAME = "hostler"
 """Who the key belongs to; both sides must say the same, and each move has a key of its own."""
@@ -31,26 +26,13 @@ _GROUP = "dh-params.pem"
 
 def write_key(run_dir: str, secret: str, uid: int) -> str:
     """Write the key (hex) for a QEMU that runs as `uid`; returns the directory to name to QEMU. Former ones go away."""
-    remove_keys(run_dir)
-    directory = f"{run_dir}/{_PREFIX}{os.urandom(8).hex()}"
-    os.mkdir(directory, 0o700)
-    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if os.fstat(folder).st_uid != os.geteuid():
-            raise PermissionError(f"{directory} was replaced while it was made")
-        _write(folder, _KEYS, f"{USERNAME}:{secret}\n".encode(), uid)
-        _write(folder, _GROUP, dh_group(), uid)
-        if uid != os.geteuid():
-            os.fchown(folder, uid, -1)
-    finally:
-        os.close(folder)
-    return directory
+    files = {_KEYS: f"{USERNAME}:{secret}\n".encode(), _GROUP: dh_group()}
+    return secret_files.write(run_dir, _PREFIX, files, uid)
 
 
 def remove_keys(run_dir: str) -> None:
     """Remove every key of that QEMU; harmless when there is none."""
-    for path in Path(run_dir).glob(f"{_PREFIX}*"):
-        remove_tree(path, FEW)
+    secret_files.remove(run_dir, _PREFIX)
 
 
 def ffdhe2048() -> int:
@@ -74,14 +56,3 @@ def dh_group() -> bytes:
 def _der_length(length: int) -> bytes:
     """The two-byte long form, for 256 to 65535."""
     return b"\x82" + length.to_bytes(2, "big")
-
-
-def _write(folder: int, name: str, content: bytes, uid: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.open(name, flags, 0o400, dir_fd=folder)
-    try:
-        os.write(file, content)
-        if uid != os.geteuid():
-            os.fchown(file, uid, -1)
-    finally:
-        os.close(file)

@@ -21,6 +21,7 @@ from qemu.qmp.events import EventListener
 
 from hostler.model.errors import HostlerError, QemuFailed, TimedOut
 from hostler.model.machine import MachineEvent
+from hostler.model.pool import Connection
 from hostler.qemu.connector import connect_to
 
 # Everything the library logs reaches us as an exception too; left on, each death of a QEMU would print its traceback.
@@ -118,6 +119,8 @@ class QmpSession:
         self._sock = sock
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
         self._fd_lock = asyncio.Lock()
+        self.connections: dict[str, Connection] = {}
+        """How this QEMU reaches network pools, by name: what `network_disks.reach` puts into block graphs."""
         # The library's own listener cannot be removed and would keep every event for ever.
         client.events.event_filter = _nothing
         client.register_listener(_FanOut(self._streams))

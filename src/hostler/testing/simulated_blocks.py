@@ -23,6 +23,7 @@ from hostler.model.errors import (
     QemuFailed,
     WrongState,
 )
+from hostler.model.pool import Connection
 from hostler.qemu import blockdev
 from hostler.qemu.blockjobs import can_grow, check_commit
 from hostler.qemu.failures import image_error
@@ -61,12 +62,17 @@ class SimulatedBlocks:
 
     async def layers(self) -> dict[str, tuple[str, ...]]:
         """Nodes of each disk."""
-        await self._enter("layers")
+        await _enter(self, "layers")
         return {disk.id: _nodes(disk) for disk in self._qemu.disks.values()}
+
+    async def connect(self, connection: Connection) -> None:
+        """Remember it."""
+        await _enter(self, "connect")
+        self._qemu.connections[connection.pool] = connection
 
     async def push(self, disks: Sequence[Disk], bitmaps: Mapping[str, Sequence[str]] = {}) -> None:
         """New top layers."""
-        await self._enter("push")
+        await _enter(self, "push")
         new = [disk for disk in disks if blockdev.node_name(disk) not in _nodes(_disk(self._qemu, disk))]
         for disk in new:
             below = disk.source.backing
@@ -80,13 +86,13 @@ class SimulatedBlocks:
 
     async def reopen(self, disk: Disk, layer: DiskSource, writes: bool) -> None:
         """Nothing is seen of it."""
-        await self._enter("reopen")
+        await _enter(self, "reopen")
         if blockdev.layer_node(disk, layer) not in _nodes(_disk(self._qemu, disk)):
             raise WrongState(f"disk {disk.id}", f"QEMU has not its layer {layer.path}", "read its layers back")
 
     async def mirror(self, job: str, disk: Disk, target: DiskSource, export: str | None = None, speed: int = 0) -> None:
         """Begin to copy."""
-        await self._enter("mirror")
+        await _enter(self, "mirror")
         if job in self._qemu.jobs:
             return
         if export is None:
@@ -95,7 +101,7 @@ class SimulatedBlocks:
 
     async def commit(self, job: str, disk: Disk, top: DiskSource, base: DiskSource, speed: int = 0) -> None:
         """Begin to merge downwards."""
-        await self._enter("commit")
+        await _enter(self, "commit")
         if job in self._qemu.jobs:
             return
         check_commit(disk, top, base)
@@ -118,7 +124,7 @@ class SimulatedBlocks:
 
     async def stream(self, job: str, disk: Disk, base: DiskSource | None = None, speed: int = 0) -> None:
         """Begin to merge upwards."""
-        await self._enter("stream")
+        await _enter(self, "stream")
         if job in self._qemu.jobs:
             return
         kept = next((layer for layer in disk.source.layers() if base is not None and layer.node == base.node), None)
@@ -135,7 +141,7 @@ class SimulatedBlocks:
         speed: int = 0,
     ) -> None:
         """Begin backups."""
-        await self._enter("backup")
+        await _enter(self, "backup")
         if all(job in self._qemu.jobs for job in jobs.values()):
             return
         for disk in disks:
@@ -153,12 +159,12 @@ class SimulatedBlocks:
 
     async def job(self, job: str) -> BlockJob | None:
         """A job, one step further."""
-        await self._enter("job")
+        await _enter(self, "job")
         return _step(self._qemu, job)
 
     async def watch(self, job: str, on_progress: OnBlockJob | None = None, until_ready: bool = False) -> BlockJob:
         """Follow it."""
-        await self._enter("watch")
+        await _enter(self, "watch")
         while True:
             found = _step(self._qemu, job)
             if found is None:
@@ -174,13 +180,13 @@ class SimulatedBlocks:
 
     async def speed(self, job: str, speed: int) -> None:
         """Nothing takes time here."""
-        await self._enter("speed")
+        await _enter(self, "speed")
         if job not in self._qemu.jobs:
             raise QemuFailed(self._qemu.name, "QEMU refused block-job-set-speed: Job not found")
 
     async def finish(self, job: str) -> None:
         """Let it switch."""
-        await self._enter("finish")
+        await _enter(self, "finish")
         found = self._qemu.jobs.get(job)
         if found is None:
             raise NotFound(self._qemu.name, f"QEMU knows no job {job}", "it was never begun, or was forgotten")
@@ -193,14 +199,14 @@ class SimulatedBlocks:
 
     async def cancel(self, job: str) -> None:
         """End it without."""
-        await self._enter("cancel")
+        await _enter(self, "cancel")
         found = self._qemu.jobs.get(job)
         if found is not None and found.state not in _OVER:
             found.end("Operation canceled")
 
     async def forget(self, job: str) -> None:
         """Drop it."""
-        await self._enter("forget")
+        await _enter(self, "forget")
         found = self._qemu.jobs.get(job)
         if found is not None and found.state not in _OVER:
             raise WrongState(self._qemu.name, f"its job {job} is not over", "finish or cancel it first")
@@ -208,14 +214,14 @@ class SimulatedBlocks:
 
     async def close(self, disk_id: str, layer: str) -> None:
         """Close a layer."""
-        await self._enter("close")
+        await _enter(self, "close")
         disk = self._qemu.disks.get(disk_id)
         if disk is not None and layer in _nodes(disk):
             raise Busy(f"disk {disk_id}", f"its layer {layer} is still used", "wait for what uses it")
 
     async def resize(self, disk: Disk, size: int) -> None:
         """Grow."""
-        await self._enter("resize")
+        await _enter(self, "resize")
         have = _disk(self._qemu, disk)
         if not can_grow(have.source):
             raise InvalidInput(f"disk {disk.id}", f"QEMU cannot grow {have.source.format.value} while the VM runs")
@@ -223,14 +229,14 @@ class SimulatedBlocks:
 
     async def limit(self, disk_id: str, limits: IoLimits) -> None:
         """Remember it."""
-        await self._enter("limit")
+        await _enter(self, "limit")
         if disk_id not in self._qemu.disks:
             raise NotFound(f"disk {disk_id}", "the VM has no such disk", "attach it first")
         self._qemu.disks[disk_id] = self._qemu.disks[disk_id].but(limits=limits)
 
     async def change_medium(self, disk: Disk, export: str | None = None, force: bool = False) -> None:
         """Another medium."""
-        await self._enter("change_medium")
+        await _enter(self, "change_medium")
         have = self._qemu.disks.get(disk.id)
         if have is None or have.media is Media.DISK:
             raise NotFound(f"disk {disk.id}", "the VM has no such drive for removable media", "attach it first")
@@ -244,12 +250,12 @@ class SimulatedBlocks:
 
     async def bitmaps(self, disk: Disk) -> dict[str, int]:
         """What is known of changes."""
-        await self._enter("bitmaps")
+        await _enter(self, "bitmaps")
         return dict.fromkeys(sorted(_whole(self._qemu, disk)), 0)
 
     async def add_bitmaps(self, disks: Sequence[Disk], name: str) -> None:
         """Begin to note changes."""
-        await self._enter("add_bitmaps")
+        await _enter(self, "add_bitmaps")
         for disk in disks:
             if name not in _whole(self._qemu, disk):
                 _forget_bitmap(self._qemu, disk, name)
@@ -257,18 +263,18 @@ class SimulatedBlocks:
 
     async def drop_bitmaps(self, disks: Sequence[Disk], name: str) -> None:
         """Stop that."""
-        await self._enter("drop_bitmaps")
+        await _enter(self, "drop_bitmaps")
         for disk in disks:
             _forget_bitmap(self._qemu, disk, name)
 
     async def keep_bitmaps(self, disk: Disk, target: DiskSource) -> None:
         """Give them to a copy."""
-        await self._enter("keep_bitmaps")
+        await _enter(self, "keep_bitmaps")
         self._qemu.bitmaps.setdefault(blockdev.layer_node(disk, target), set()).update(_whole(self._qemu, disk))
 
     async def freeze(self, deadline: float) -> int:
         """Freeze the guest."""
-        await self._enter("freeze")
+        await _enter(self, "freeze")
         if not self._qemu.agent:
             raise GuestRefused(self._qemu.name, "no guest agent answered within 2 s", "install qemu-guest-agent")
         self._qemu.frozen = True
@@ -276,12 +282,13 @@ class SimulatedBlocks:
 
     async def thaw(self) -> None:
         """Thaw it."""
-        await self._enter("thaw")
+        await _enter(self, "thaw")
         self._qemu.frozen = False
 
-    async def _enter(self, method: str) -> None:
-        await self._faults.enter(method)
-        _refuse_if_gone(self._qemu, method)
+
+async def _enter(blocks: SimulatedBlocks, method: str) -> None:
+    await blocks._faults.enter(method)
+    _refuse_if_gone(blocks._qemu, method)
 
 
 def _refuse_if_gone(qemu: SimulatedQemu, method: str) -> None:

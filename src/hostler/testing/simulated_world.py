@@ -106,6 +106,7 @@ class SimulatedQemu:
         self.status = RunStatus.INMIGRATE if spec.incoming else RunStatus.PRELAUNCH
         self.disks: dict[str, Disk] = {}
         self.io_status: dict[str, str] = {}
+        self.connections = {connection.pool: connection for connection in spec.connections}
         self.progress = MigrationProgress()
         self.loaded = False
         self.secret = ""

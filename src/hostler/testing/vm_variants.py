@@ -6,6 +6,7 @@ from hostler.model.disk import Bus, CacheMode, Disk, DiskSource, ImageFormat, Me
 from hostler.model.host import Accelerator, QemuFacts
 from hostler.model.machine import LaunchSpec
 from hostler.model.nic import Network, Nic
+from hostler.model.pool import Connection, PoolKind
 from hostler.model.units import GiB, MiB
 from hostler.model.vm import Firmware, KernelBoot, VmConfig
 
@@ -97,6 +98,44 @@ def _drives() -> tuple[Disk, ...]:
     )
 
 
+def _network_disks() -> tuple[Disk, ...]:
+    lun = DiskSource(
+        kind=SourceKind.ISCSI,
+        path="iscsi://10.0.0.5:3260/iqn.2020-01.com.example:vms/7",
+        size=16 * MiB,
+        pool="san",
+        identity="naa.6001405000000001",
+    )
+    export = DiskSource(kind=SourceKind.NBD, path="nbd://10.0.0.6:10809/data", size=16 * MiB, pool="far")
+    clear = DiskSource(kind=SourceKind.NBD, path="nbd://[fd00::7]:10809/data", size=16 * MiB, pool="lab")
+    return (
+        Disk(id="lun", source=lun, serial="H0001"),
+        Disk(id="export", source=export, unit=1, cache=CacheMode.WRITEBACK),
+        Disk(id="clear", source=clear, unit=2, read_only=True),
+    )
+
+
+def _connections() -> tuple[Connection, ...]:
+    return (
+        Connection(
+            pool="san",
+            kind=PoolKind.ISCSI,
+            portal="10.0.1.5:3260",
+            initiator="iqn.2008-11.org.linux-kvm:host",
+            user="vms",
+            secret_file="/run/h/vm/pool-san+0/secret",  # noqa: S106 - a path
+        ),
+        Connection(
+            pool="far",
+            kind=PoolKind.NBD,
+            portal="10.0.0.6:10809",
+            tls_dir="/run/h/vm/pool-far+0",
+            tls_hostname="storage.example.com",
+        ),
+        Connection(pool="lab", kind=PoolKind.NBD, portal="[fd00::7]:10809"),
+    )
+
+
 def _many() -> tuple[Disk, ...]:
     return tuple(
         Disk(
@@ -129,6 +168,7 @@ VARIANTS: dict[str, LaunchSpec] = {
         config(disks=(Disk(id="lun", source=DiskSource(kind=SourceKind.DEVICE, path="/dev/loop0", size=16 * MiB)),))
     ),
     "drives": _spec(config(disks=_drives())),
+    "network-disks": _spec(config(disks=_network_disks()), connections=_connections()),
     "disks-4x64": _spec(config(scsi_controllers=4, disks=_many())),
     "nics": _spec(
         config(

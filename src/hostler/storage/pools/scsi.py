@@ -88,16 +88,16 @@ def best_name(page: bytes, target: str) -> str:
     was assigned is told apart by the target's name."""
     found = dict(_designators(page))
     naa = found.get(_NAA, b"")
-    if len(naa) in (8, 16):
-        text = f"naa.{naa.hex()}"
-        return text if naa[0] >> 4 != _LOCALLY_ASSIGNED and any(naa[1:4]) else f"{text}@{target}"
+    known = len(naa) in (8, 16)
+    if known and naa[0] >> 4 != _LOCALLY_ASSIGNED and any(naa[1:4]):
+        return f"naa.{naa.hex()}"
     if len(found.get(_EUI64, b"")) in (8, 12, 16):
         return f"eui.{found[_EUI64].hex()}"
     if found.get(_NAME, b"").strip(b"\0"):
         return _printable(found[_NAME])
     if found.get(_T10, b"").strip(b"\0 "):
         return f"t10.{_printable(found[_T10])}@{target}"
-    return ""
+    return f"naa.{naa.hex()}@{target}" if known else ""
 
 
 def _designators(page: bytes) -> Iterator[tuple[int, bytes]]:
