@@ -15,6 +15,7 @@ from hostler.client import answers, calls
 from hostler.client.answers import Model
 from hostler.client.target import Target, default_socket, find_target
 from hostler.identity.authorize import TABLE
+from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
 from hostler.model.chain import ChainRequest, FlattenRequest
 from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
@@ -46,7 +47,19 @@ PIN = "ab" * 32
 def test_answers_are_read_as_what_their_annotations_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models are named by text, so that they are imported late; here the texts are compared with the types."""
     namespace = {}
-    for module in ("chain", "foreign", "image", "limits", "job", "migration", "pool", "views", "vm", "volume"):
+    for module in (
+        "backup",
+        "chain",
+        "foreign",
+        "image",
+        "limits",
+        "job",
+        "migration",
+        "pool",
+        "views",
+        "vm",
+        "volume",
+    ):
         namespace |= vars(__import__(f"hostler.model.{module}", fromlist=["x"]))
     hints = typing.get_type_hints(answers, globalns=vars(answers) | namespace)
     checked = 0
@@ -83,6 +96,10 @@ def test_of_what_people_ask_only_what_was_said_is_sent() -> None:
     content = calls.vm_change("a", VmChange(notes="")).content()
     assert content is not None
     assert json.loads(content) == {"notes": ""}
+
+
+def a_backup() -> BackupChoice:
+    return BackupChoice(directory="/d", backup="2026")
 
 
 def a_move() -> IncomingRequest:
@@ -214,6 +231,10 @@ def every_call() -> list[calls.Call[Any]]:
         calls.pool_change(pool, PoolChange()), calls.pool_delete(pool), calls.pool_scan(pool, PoolScan()),
         calls.volume_delete(volume), calls.volume_details(volume),
         *(calls.volume_act(volume, action) for action in calls.VOLUME_ACTIONS),
+        calls.backup_run(vm, BackupRun(directory="/d")), calls.backups(BackupList()), calls.backup(a_backup()),
+        calls.backup_verify(a_backup()), calls.backup_delete(a_backup()),
+        calls.backup_restore(BackupRestore(directory="/d", backup="2026", vm="n")),
+        calls.backup_prune(BackupPrune(directory="/d", keep=1)),
         calls.import_inspect(ImportRequest(path="/e")),
         calls.import_run(ImportRequest(path="/e")),
         calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),

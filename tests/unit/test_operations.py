@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hostler.host.backups import KINDS as BACKUP_JOBS
 from hostler.host.operations import OPERATIONS
 from hostler.host.volume_operations import VOLUME_OPERATIONS
 from hostler.model.errors import HostLacks, NoSpace, WrongState
@@ -51,7 +52,8 @@ async def outcome(scenario: Scenario) -> dict[str, object]:
 
 async def test_every_kind_of_job_is_here(site: Site) -> None:
     node = await site.add("a")
-    kinds = {*OPERATIONS, *VOLUME_OPERATIONS, node.application.migrations.operation.kind, "volume.create", "vm.import"}
+    own = {node.application.migrations.operation.kind, "volume.create", "vm.import"}
+    kinds = {*OPERATIONS, *VOLUME_OPERATIONS, *BACKUP_JOBS, *own}
     assert kinds == {s.kind for s in SCENARIOS}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+    from hostler.model.backup import BackupView, Pruned
     from hostler.model.chain import ChainReport
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
@@ -86,6 +87,9 @@ POOL: Answer[PoolView] = Model("pool", "PoolView")
 POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)
 TARGETS: Answer[list[StorageTarget]] = Model("pool", "StorageTarget", many=True)
 SCAN: Answer[ScanReport] = Model("pool", "ScanReport")
+BACKUP: Answer[BackupView] = Model("backup", "BackupView")
+BACKUPS: Answer[list[BackupView]] = Model("backup", "BackupView", many=True)
+PRUNED: Answer[Pruned] = Model("backup", "Pruned")
 IMPORT_REPORT: Answer[ImportReport] = Model("foreign", "ImportReport")
 JOB: Answer[Job] = Model("job", "Job")
 JOBS: Answer[list[Job]] = Model("job", "Job", many=True)

@@ -15,6 +15,8 @@ from hostler.model.errors import InvalidInput
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.backup import BackupView, Pruned
+    from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
     from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
     from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
@@ -284,6 +286,37 @@ def pool_delete(name: str, *, dry_run: bool = False) -> Call[Deleted]:
 
 def pool_scan(name: str, request: PoolScan) -> Call[ScanReport]:
     return Call("POST", f"/v1/pools/{url_part('pool', name)}/scan", answers.SCAN, body=request, wait=90.0)
+
+
+# backups
+
+
+def backup_run(ref: str, request: BackupRun, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _vm(ref, "/backups"), answers.JOB, _query(wait), request, wait)
+
+
+def backups(request: BackupList) -> Call[list[BackupView]]:
+    return Call("POST", "/v1/backups/list", answers.BACKUPS, body=request)
+
+
+def backup(request: BackupChoice) -> Call[BackupView]:
+    return Call("POST", "/v1/backups/show", answers.BACKUP, body=request)
+
+
+def backup_verify(request: BackupChoice, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", "/v1/backups/verify", answers.JOB, _query(wait), request, wait)
+
+
+def backup_restore(request: BackupRestore, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", "/v1/backups/restore", answers.JOB, _query(wait), request, wait)
+
+
+def backup_delete(request: BackupChoice, *, dry_run: bool = False) -> Call[Deleted]:
+    return Call("POST", "/v1/backups/delete", answers.DELETED, _query(dry_run=dry_run), request)
+
+
+def backup_prune(request: BackupPrune, *, dry_run: bool = False) -> Call[Pruned]:
+    return Call("POST", "/v1/backups/prune", answers.PRUNED, _query(dry_run=dry_run), request)
 
 
 # machines from elsewhere

@@ -24,6 +24,8 @@ from hostler.model.errors import Cancelled, InternalError, TimedOut
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from hostler.model.backup import BackupView, Pruned
+    from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
     from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
     from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
@@ -232,6 +234,34 @@ class Pools:
         return self._send(calls.pool_discover(request))
 
 
+class Backups:
+    """Backups of VMs, in directories of the host."""
+
+    def __init__(self, send: Sender) -> None:
+        self._send = send
+
+    def run(self, vm: str, request: BackupRun, *, wait: float = 0.0) -> Job:
+        return self._send(calls.backup_run(vm, request, wait=wait))
+
+    def list(self, request: BackupList) -> list[BackupView]:
+        return self._send(calls.backups(request))
+
+    def show(self, request: BackupChoice) -> BackupView:
+        return self._send(calls.backup(request))
+
+    def verify(self, request: BackupChoice, *, wait: float = 0.0) -> Job:
+        return self._send(calls.backup_verify(request, wait=wait))
+
+    def restore(self, request: BackupRestore, *, wait: float = 0.0) -> Job:
+        return self._send(calls.backup_restore(request, wait=wait))
+
+    def delete(self, request: BackupChoice, *, dry_run: bool = False) -> Deleted:
+        return self._send(calls.backup_delete(request, dry_run=dry_run))
+
+    def prune(self, request: BackupPrune, *, dry_run: bool = False) -> Pruned:
+        return self._send(calls.backup_prune(request, dry_run=dry_run))
+
+
 class Imports:
     """Machines from elsewhere."""
 
@@ -327,6 +357,7 @@ class Client:
         self.volumes = Volumes(self.send)
         self.pools = Pools(self.send)
         self.imports = Imports(self.send)
+        self.backups = Backups(self.send)
         self.hosts = Hosts(self.send)
         self.jobs = Jobs(self.send)
         self.tokens = Tokens(self.send)

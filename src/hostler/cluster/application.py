@@ -15,6 +15,8 @@ from hostler.cluster.migrations import MigrationService
 from hostler.cluster.peers import PeerBook, PeerLink
 from hostler.host.actor import VmActor
 from hostler.host.adoption import Adoption, autostart
+from hostler.host.backups import KINDS as BACKUP_JOBS
+from hostler.host.backups import Backups
 from hostler.host.checkpoint_book import CheckpointBook
 from hostler.host.checkpoints import Checkpoints
 from hostler.host.context import Host
@@ -89,6 +91,7 @@ class Application:
     pools: Pools
     imports: Imports
     checkpoints: Checkpoints
+    backups: Backups
     jobs: JobRunner
     events: EventHub
     hosts: HostService
@@ -155,6 +158,7 @@ def build_application(parts: Parts) -> Application:
     host.coming = incoming.coming
     vms = VmService(host, roster)
     imports = Imports(host, vms)
+    backups = Backups(host, vms)
     return Application(
         host=host,
         vms=vms,
@@ -163,6 +167,7 @@ def build_application(parts: Parts) -> Application:
         pools=host.pools,
         imports=imports,
         checkpoints=Checkpoints(host),
+        backups=backups,
         jobs=host.jobs,
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),
@@ -171,7 +176,10 @@ def build_application(parts: Parts) -> Application:
         limits=host.limits,
         peers=peers,
         adoption=Adoption(
-            host, roster, {**OPERATIONS, migrations.operation.kind: migrations.operation}, {IMPORT: imports.recover}
+            host,
+            roster,
+            {**OPERATIONS, migrations.operation.kind: migrations.operation},
+            {IMPORT: imports.recover, **dict.fromkeys(BACKUP_JOBS, backups.recover)},
         ),
         roster=roster,
         volume_service=host.volumes.service,

@@ -92,6 +92,14 @@ TABLE: dict[str, Rule] = {
     # machines from elsewhere: descriptions and images at any path that the daemon can read, as with volumes
     "POST /v1/imports/inspect": _P.CONFIGURE,
     "POST /v1/imports": _P.CONFIGURE,
+    # backups: made in and read from any directory that the daemon can reach, as with volumes
+    "POST /v1/vms/{vm}/backups": _P.CONFIGURE,
+    "POST /v1/backups/list": _P.CONFIGURE,
+    "POST /v1/backups/show": _P.CONFIGURE,
+    "POST /v1/backups/verify": _P.CONFIGURE,
+    "POST /v1/backups/restore": _P.CONFIGURE,
+    "POST /v1/backups/delete": _P.CONFIGURE,
+    "POST /v1/backups/prune": _P.CONFIGURE,
     # jobs and events
     "GET /v1/jobs": _P.VIEW,
     "GET /v1/jobs/{job}": _P.VIEW,

@@ -13,11 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from hostler.cluster.migrations import settings_of
 from hostler.host.operation import Operation, Params
 from hostler.host.operations import OPERATIONS
 from hostler.host.steps import Plan, Step
 from hostler.host.volume_operations import VOLUME_OPERATIONS
+from hostler.model.backup_requests import BackupList, BackupRestore, BackupRun
 from hostler.model.checkpoint import Checkpoint, CheckpointState
 from hostler.model.checkpoint_requests import CheckpointCreate
 from hostler.model.disk import Disk, ImageFormat, Media
@@ -138,7 +141,10 @@ class Scenario:
             settings = settings_of(MigrateRequest(host=other.name))
             return {"target": other.identity.host_id, "settings": settings.to_json()}
         if self.kind == "vm.backup":
-            return {**self.params, "directory": str(node.site.directory / "backups"), "backup": BACKUP}
+            return {**self.params, "directory": _backups(node), "backup": BACKUP}
+        if self.kind == "vm.restore-backup":
+            disks: list[JsonValue] = [{"disk": "disk0", "volume": "web-disk0", "format": "raw", "path": None}]
+            return {"directory": _backups(node), "backup": await _backup(node), "disks": disks}
         return self.params
 
     async def run(self, node: Node, change: Change = as_they_are) -> Job:
@@ -160,9 +166,26 @@ async def _plan_import(node: Node) -> Plan:
     return await node.application.imports.plan(ImportRequest(path=str(folder)))
 
 
+async def _plan_restore(node: Node) -> Plan:
+    request = BackupRestore(directory=_backups(node), backup=await _backup(node), vm="again")
+    return await node.application.backups.plan_restore(request)
+
+
+async def _plan_restore_volume(node: Node) -> Plan:
+    request = BackupRestore(directory=_backups(node), backup=await _backup(node), disk="disk0", volume="one")
+    return await node.application.backups.plan_restore(request)
+
+
+async def _plan_verify(node: Node) -> Plan:
+    return node.application.backups.plan_verify({"directory": _backups(node), "backup": await _backup(node)})
+
+
 _WITHOUT_VM: dict[str, Callable[[Node], Awaitable[Plan]]] = {
     "volume.create": _plan_create,
     "vm.import": _plan_import,
+    "backup.restore": _plan_restore,
+    "backup.restore-volume": _plan_restore_volume,
+    "backup.verify": _plan_verify,
 }
 """Jobs that hold no VM when they begin, by kind, and how they are planned."""
 
@@ -207,6 +230,15 @@ async def _of_checkpoint(node: Node, kind: str) -> Params:
     return {"config": config.to_json(), "token": "b3", "full": False}
 
 
+def _backups(node: Node) -> str:
+    return str(node.site.directory / "backups")
+
+
+async def _backup(node: Node) -> str:
+    """The id of the backup there is."""
+    return (await node.application.backups.list(BackupList()))[0].id
+
+
 async def act(node: Node, action: str) -> None:
     """Do one thing to the VM, and see that it worked."""
     job: Job | VmRecord
@@ -222,6 +254,8 @@ async def act(node: Node, action: str) -> None:
     elif action == "attach":
         request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW)
         job = await node.application.vms.attach_disk(VM, request, "test")
+    elif action == "backup":
+        job = await node.application.backups.run(VM, BackupRun(directory=_backups(node)), "test")
     else:
         job = await node.application.vms.act(VM, action, "test")
     assert isinstance(job, Job)
@@ -307,6 +341,16 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "checkpoint.clone", ("disks", "define"), ("start", "checkpoint"), forward_from="define:after", insists=True
     ),
+    Scenario(
+        "vm.restore-backup",
+        ("volumes", "switch"),
+        ("start", "backup", "turn-off"),
+        insists=True,
+        forward_from="switch:after",
+    ),
+    Scenario("backup.restore", ("volumes", "define"), ("start", "backup", "turn-off"), insists=True),
+    Scenario("backup.restore-volume", ("restore",), ("start", "backup", "turn-off")),
+    Scenario("backup.verify", ("verify",), ("start", "backup", "turn-off"), forward_from="verify:before"),
     Scenario("volume.create", ("create",)),
     Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
     Scenario("volume.checksum", ("read",), ("volume",), forward_from=NEVER),
@@ -362,7 +406,7 @@ async def picture(site: Site) -> dict[str, object]:
         ),
         "locks": sorted(f"{name[0]}.{name[-1]}" for name in (Path(p).name.split(".") for p in site.world.locks)),
         "wire": sorted(site.world.wire),
-        "backups": sorted(f"{p.parent.name}/{p.name}" for p in site.directory.glob("backups/*/*/*")),
+        "backups": sorted(p.name for p in site.directory.glob("backups/*/*/*")),
         "noted": sorted(_noted(qemu) for qemu in site.world.running.values()),
         "images": sorted(path.name for path in site.directory.glob("*.img")),
         "granted": {path.name: users for path in site.directory.glob("*.img") if (users := granted(path))},

@@ -16,6 +16,7 @@ from hostler.host.operations import (
     disks,
     pause,
     restore,
+    restore_backup,
     save,
     start,
     stop,
@@ -44,5 +45,6 @@ OPERATIONS: dict[str, Operation] = {
         checkpoint_delete.OPERATION,
         checkpoint_apply.OPERATION,
         checkpoint_clone.OPERATION,
+        restore_backup.OPERATION,
     )
 }

@@ -4,41 +4,70 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hostler.model.backup import BLOCK
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import Cancelled
 from hostler.storage.backups.qcow2 import Writer
-from hostler.storage.backups.reading import Chain, Link
-from hostler.storage.qemu_img import QemuImg, explain_os, new_file, scratch_file
+from hostler.storage.backups.reading import Chain, Link, verify
+from hostler.storage.qemu_img import OnProgress, QemuImg, explain_os, new_file, scratch_file
+from hostler.storage.waiting import interruptible
 
-OnFraction = Callable[[float], None]
-Made = Callable[[int], Awaitable[None]]
+Stop = Callable[[], bool]
 
 
-async def write_image(part: str, links: Sequence[Link], format: ImageFormat, on_fraction: OnFraction) -> None:
-    """Fill the new empty file `part` with the disk: raw or qcow2. BadImage for damage, NoSpace. Cancelling ends it."""
-    stop = threading.Event()
+async def restore_image(
+    path: str, links: Sequence[Link], format: ImageFormat, image: QemuImg, on_progress: OnProgress
+) -> None:
+    """A new image at `path` in any format. AlreadyExists, BadImage (the backup is damaged), NotFound, NoSpace. Nothing
+    is left of it on failure or when cancelled."""
+    if format in (ImageFormat.RAW, ImageFormat.QCOW2):
+        async with new_file(path) as part:
+            await write_image(part, links, format, on_progress)
+        return
+    async with scratch_file(path) as raw:
+        await write_image(raw, links, ImageFormat.RAW, lambda f: on_progress(f / 2))
+        size = links[0].disk.size
+        await image.convert(raw, ImageFormat.RAW, path, format, size, lambda f: on_progress(0.5 + f / 2))
+
+
+async def write_image(part: str, links: Sequence[Link], format: ImageFormat, on_progress: OnProgress) -> None:
+    """Fill the new empty file `part` with the disk: raw or qcow2."""
+    tell = _teller(on_progress)
+    await interruptible(lambda stop: _write(part, links, format, tell, stop))
+
+
+async def verify_files(links: Sequence[Link], on_progress: OnProgress) -> int:
+    """Read files of backups and check every block of them; how many there were. BadImage, NotFound."""
+    tell = _teller(on_progress)
+    return await interruptible(lambda stop: _verify(links, tell, stop))
+
+
+def _teller(on_progress: OnProgress) -> OnProgress:
+    """The same from a thread."""
     loop = asyncio.get_running_loop()
 
     def tell(fraction: float) -> None:
-        loop.call_soon_threadsafe(on_fraction, fraction)
+        loop.call_soon_threadsafe(on_progress, min(1.0, fraction))
 
-    work = asyncio.ensure_future(asyncio.to_thread(_write, part, links, format, tell, stop))
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait({work})
-        if not work.cancelled():
-            work.exception()
-        raise
+    return tell
 
 
-def _write(part: str, links: Sequence[Link], format: ImageFormat, tell: OnFraction, stop: threading.Event) -> None:
+def _verify(links: Sequence[Link], tell: OnProgress, stop: Stop) -> int:
+    whole = sum(link.disk.blocks for link in links) or 1
+    done = 0
+    for link in links:
+        checked = 0
+        for checked in verify(link):
+            _give_up(stop, link.subject)
+            tell((done + checked) / whole)
+        done += checked
+    return done
+
+
+def _write(part: str, links: Sequence[Link], format: ImageFormat, tell: OnProgress, stop: Stop) -> None:
     fd = os.open(part, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         with Chain(links) as chain:
@@ -47,14 +76,18 @@ def _write(part: str, links: Sequence[Link], format: ImageFormat, tell: OnFracti
                 if data is not None:
                     writer.put(index, data)
                 if count % 256 == 0:
-                    if stop.is_set():
-                        raise Cancelled(f"image {part}", "was cancelled")
-                    tell(min(1.0, index * BLOCK / chain.size) if chain.size else 1.0)
+                    _give_up(stop, f"image {part}")
+                    tell(index * BLOCK / chain.size if chain.size else 1.0)
             writer.finish()
     except OSError as error:
         raise explain_os(f"image {part}", error, Path(part).parent) from error
     finally:
         os.close(fd)
+
+
+def _give_up(stop: Stop, subject: str) -> None:
+    if stop():
+        raise Cancelled(subject, "was cancelled")
 
 
 class _Raw:
@@ -76,21 +109,3 @@ class _Raw:
     def finish(self) -> None:
         """On disk."""
         os.fsync(self._fd)
-
-
-async def restore_image(
-    path: str, links: Sequence[Link], format: ImageFormat, image: QemuImg, on_fraction: OnFraction, made: Made
-) -> None:
-    """A new image at `path` in any format. `made` is told the inode of the file before it gets its name (raw and qcow2;
-    right after it otherwise), so that whoever cleans up after a crash removes no other one. AlreadyExists, BadImage,
-    NoSpace."""
-    if format in (ImageFormat.RAW, ImageFormat.QCOW2):
-        async with new_file(path) as part:
-            await write_image(part, links, format, on_fraction)
-            await made(os.stat(part).st_ino)
-        return
-    async with scratch_file(path) as raw:
-        await write_image(raw, links, ImageFormat.RAW, lambda f: on_fraction(f / 2))
-        size = links[0].disk.size
-        await image.convert(raw, ImageFormat.RAW, path, format, size, lambda f: on_fraction(0.5 + f / 2))
-        await made(os.stat(path).st_ino)

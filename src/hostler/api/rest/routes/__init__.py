@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from hostler.api.rest.routes import (
+    backups,
     consoles,
     devices,
     disks,
@@ -27,6 +28,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     disks.router,
     consoles.router,
     volumes.router,
+    backups.router,
     volume_work.router,
     pools.router,
     imports.router,
