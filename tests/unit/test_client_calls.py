@@ -17,6 +17,7 @@ from hostler.client.target import Target, default_socket, find_target
 from hostler.identity.authorize import TABLE
 from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
 from hostler.model.chain import ChainRequest, FlattenRequest
+from hostler.model.checkpoint_requests import CheckpointApply, CheckpointChange, CheckpointClone, CheckpointCreate
 from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
@@ -50,6 +51,7 @@ def test_answers_are_read_as_what_their_annotations_say(monkeypatch: pytest.Monk
     for module in (
         "backup",
         "chain",
+        "checkpoint",
         "foreign",
         "image",
         "limits",
@@ -213,7 +215,7 @@ def test_secrets_that_others_can_read_are_refused(home: dict[str, str], mode: in
 def every_call() -> list[calls.Call[Any]]:
     """One of each, with names that stand for themselves."""
     vm, volume, host, job, token, move = "{vm}", "{volume}", "{host}", "{job}", "{token}", "{id}"
-    pool = "{pool}"
+    pool, point = "{pool}", "{checkpoint}"
     migrate, disk = MigrateRequest(host="h"), DiskAdd(volume="v")
     request = a_move()
     return [
@@ -225,6 +227,10 @@ def every_call() -> list[calls.Call[Any]]:
         calls.disk_move(vm, "{disk}", DiskMove(to="/v")), calls.disk_move_check(vm, "{disk}", DiskMove(to="/v")),
         calls.disk_grow(vm, "{disk}", DiskGrow(size=512)), calls.disk_limit(vm, "{disk}", DiskLimits(iops=1)),
         calls.disk_medium(vm, "{disk}", DiskMedium()), calls.nic_add(vm, NicAdd()), calls.nic_remove(vm, "{nic}"),
+        calls.checkpoints(vm), calls.checkpoint(vm, point), calls.checkpoint_create(vm, CheckpointCreate()),
+        calls.checkpoint_change(vm, point, CheckpointChange(notes="")), calls.checkpoint_delete(vm, point),
+        calls.checkpoint_apply(vm, point, CheckpointApply()),
+        calls.checkpoint_clone(vm, point, CheckpointClone(name="n")),
         calls.volumes(), calls.volume(volume), calls.volume_create(VolumeCreate(name="v", size=512)),
         calls.volume_register(VolumeRegister(name="v", path="/v")), calls.volume_inspect(InspectRequest(path="/v")),
         calls.pools(), calls.pool(pool), calls.pool_create(PoolCreate(name="p", path="/p")),

@@ -75,3 +75,7 @@ def disk_ids(context: click.Context, _parameter: click.Parameter, incomplete: st
 
 def nic_ids(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return _names(context, calls.vm(_vm(context)), lambda nic: (nic["id"], nic["mac"]), incomplete, "nics")
+
+
+def checkpoint_names(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return _names(context, calls.checkpoints(_vm(context)), lambda found: (found["name"], found["created"]), incomplete)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from hostler.model.backup import BackupView, Pruned
     from hostler.model.chain import ChainReport
+    from hostler.model.checkpoint import CheckpointView
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job
@@ -83,6 +84,8 @@ VOLUME_VIEW: Answer[VolumeView] = Model("image", "VolumeView")
 IMAGE: Answer[ImageDetails] = Model("image", "ImageDetails")
 CHAIN: Answer[ChainReport] = Model("chain", "ChainReport")
 VOLUMES: Answer[list[Volume]] = Model("volume", "Volume", many=True)
+CHECKPOINT: Answer[CheckpointView] = Model("checkpoint", "CheckpointView")
+CHECKPOINTS: Answer[list[CheckpointView]] = Model("checkpoint", "CheckpointView", many=True)
 POOL: Answer[PoolView] = Model("pool", "PoolView")
 POOLS: Answer[list[PoolView]] = Model("pool", "PoolView", many=True)
 TARGETS: Answer[list[StorageTarget]] = Model("pool", "StorageTarget", many=True)

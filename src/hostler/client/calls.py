@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from hostler.model.backup import BackupView, Pruned
     from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
     from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
+    from hostler.model.checkpoint import CheckpointView
+    from hostler.model.checkpoint_requests import (
+        CheckpointApply,
+        CheckpointChange,
+        CheckpointClone,
+        CheckpointCreate,
+    )
     from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
@@ -211,6 +218,41 @@ def serial_path(ref: str) -> str:
 def vnc_path(ref: str) -> str:
     """Where the websocket of a VM's screen (raw RFB) is."""
     return _vm(ref, "/vnc")
+
+
+# checkpoints
+
+
+def _checkpoint(ref: str, checkpoint: str, rest: str = "") -> str:
+    return _vm(ref, f"/checkpoints/{url_part('checkpoint', checkpoint)}{rest}")
+
+
+def checkpoints(ref: str) -> Call[list[CheckpointView]]:
+    return Call("GET", _vm(ref, "/checkpoints"), answers.CHECKPOINTS)
+
+
+def checkpoint(ref: str, checkpoint: str) -> Call[CheckpointView]:
+    return Call("GET", _checkpoint(ref, checkpoint), answers.CHECKPOINT)
+
+
+def checkpoint_create(ref: str, request: CheckpointCreate, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _vm(ref, "/checkpoints"), answers.JOB, _query(wait), request, wait)
+
+
+def checkpoint_change(ref: str, checkpoint: str, request: CheckpointChange) -> Call[CheckpointView]:
+    return Call("PATCH", _checkpoint(ref, checkpoint), answers.CHECKPOINT, body=request)
+
+
+def checkpoint_delete(ref: str, checkpoint: str, *, subtree: bool = False, wait: float = 0.0) -> Call[Job]:
+    return Call("DELETE", _checkpoint(ref, checkpoint), answers.JOB, _query(wait, subtree=subtree), wait=wait)
+
+
+def checkpoint_apply(ref: str, checkpoint: str, request: CheckpointApply, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _checkpoint(ref, checkpoint, "/apply"), answers.JOB, _query(wait), request, wait)
+
+
+def checkpoint_clone(ref: str, checkpoint: str, request: CheckpointClone, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _checkpoint(ref, checkpoint, "/clone"), answers.JOB, _query(wait), request, wait)
 
 
 # volumes

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from hostler.client import answers, calls, wire
 from hostler.client.calls import Call
+from hostler.client.checkpoints import Checkpoints
 from hostler.client.http import Transport
 from hostler.client.target import Target, find_target
 from hostler.model.errors import Cancelled, InternalError, TimedOut
@@ -354,6 +355,7 @@ class Client:
         self.transport = Transport(target, deadline)
         self.vms = Vms(self.send)
         self.disks = Disks(self.send)
+        self.checkpoints = Checkpoints(self.send)
         self.volumes = Volumes(self.send)
         self.pools = Pools(self.send)
         self.imports = Imports(self.send)

@@ -119,11 +119,15 @@ def remove_layer(path: str) -> None:
 # what there is
 
 
-async def layers_of(host: Host, record: VmRecord, points: Sequence[Checkpoint]) -> tuple[list[Layer], set[str]]:
+async def layers_of(
+    host: Host, record: VmRecord, points: Sequence[Checkpoint], before: VmConfig | None = None
+) -> tuple[list[Layer], set[str]]:
     """Every layer of a VM's disks and checkpoints, and the paths that are held: by what the VM writes now, by each
-    checkpoint that is not being deleted, and by volumes that build on a layer without being a disk of the VM."""
+    checkpoint that is not being deleted, and by volumes that build on a layer without being a disk of the VM. `before`:
+    what the VM was, of which nothing is held."""
     here = [record.config, *([record.next_config] if record.next_config else [])]
     configs = [*here, *(p.config for p in points if p.config is not None)]
+    configs += [before] if before is not None else []
     chains = [d.source for c in configs for d in c.disks if d.source.kind is not SourceKind.EMPTY]
     largest: dict[str, int] = {}
     known: dict[str, DiskSource] = {}

@@ -30,7 +30,7 @@ from hostler.model.disk import Disk, DiskSource
 from hostler.model.errors import HostlerError, InternalError, QemuFailed
 from hostler.model.job import Progress
 from hostler.model.machine import RunStatus
-from hostler.model.vm import VmState
+from hostler.model.vm import VmConfig, VmState
 from hostler.qemu.blockdev import layer_node
 from hostler.storage.catalogue import Catalogue
 from hostler.store.contract import Transaction
@@ -73,15 +73,15 @@ class Merging:
             done += 1
         raise InternalError(self._actor.subject, "its layers are not merged after many rounds", "report this")
 
-    async def remove_unneeded(self) -> None:
-        """Only delete what nothing needs any more; merge nothing."""
-        paths = [action.path for action in await self._plan() if isinstance(action, Remove)]
+    async def remove_unneeded(self, before: VmConfig) -> None:
+        """Only delete what nothing needs any more of what the VM was before; merge nothing."""
+        paths = [action.path for action in await self._plan(before) if isinstance(action, Remove)]
         if paths:
             await remove_layers(self._host, self._actor, paths)
 
-    async def _plan(self) -> list[Remove | Merge]:
+    async def _plan(self, before: VmConfig | None = None) -> list[Remove | Merge]:
         points = await self._host.checkpoints.of(self._actor.record.id)
-        return plan_merges(*await layers_of(self._host, self._actor.record, points))
+        return plan_merges(*await layers_of(self._host, self._actor.record, points, before))
 
     async def _do(self, action: Remove | Merge, done: int, total: int) -> None:
         def show(fraction: float) -> None:

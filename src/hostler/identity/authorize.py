@@ -64,6 +64,14 @@ TABLE: dict[str, Rule] = {
     "POST /v1/vms/{vm}/disks/{disk}/medium": _P.CONFIGURE,
     "POST /v1/vms/{vm}/nics": _P.CONFIGURE,
     "DELETE /v1/vms/{vm}/nics/{nic}": _P.CONFIGURE,
+    # checkpoints
+    "GET /v1/vms/{vm}/checkpoints": _P.VIEW,
+    "POST /v1/vms/{vm}/checkpoints": _P.OPERATE,
+    "GET /v1/vms/{vm}/checkpoints/{checkpoint}": _P.VIEW,
+    "PATCH /v1/vms/{vm}/checkpoints/{checkpoint}": _P.OPERATE,
+    "DELETE /v1/vms/{vm}/checkpoints/{checkpoint}": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/checkpoints/{checkpoint}/apply": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/checkpoints/{checkpoint}/clone": _P.CONFIGURE,
     # volumes
     "GET /v1/volumes": _P.VIEW,
     "POST /v1/volumes": _P.CONFIGURE,

@@ -116,6 +116,8 @@ class Applying:
     # switch
 
     async def switch(self, context: JobContext) -> None:
+        if not self.switched():
+            await context.remember(before=self._actor.record.config.to_json())
         context.no_return()
         saved = None
         if self._point.memory is not None:
@@ -147,7 +149,8 @@ class Applying:
 
     async def tidy(self, context: JobContext) -> None:
         try:
-            await Merging(self._host, self._actor, context).remove_unneeded()
+            before = VmConfig.model_validate(context.job.data["before"])
+            await Merging(self._host, self._actor, context).remove_unneeded(before)
         except HostlerError as error:  # they go with the next checkpoint that is deleted
             log.warning("checkpoint.layers-left", vm=self._actor.record.id, why=str(error))
         context.result(self._actor.record.to_json())

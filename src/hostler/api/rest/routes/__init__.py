@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from hostler.api.rest.routes import (
     backups,
+    checkpoints,
     consoles,
     devices,
     disks,
@@ -25,6 +26,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     hosts.router,
     vms.router,
     devices.router,
+    checkpoints.router,
     disks.router,
     consoles.router,
     volumes.router,
