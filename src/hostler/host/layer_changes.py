@@ -3,9 +3,12 @@ records of the layers in one durable transaction."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+
+import structlog
 
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
@@ -21,6 +24,8 @@ from hostler.storage.layer_images import can_take
 from hostler.storage.qemu_img import leftovers
 from hostler.store.contract import Check, CheckFailed, Delete, Put, Transaction
 from hostler.store.table import Row
+
+log = structlog.get_logger()
 
 TRIES = 5
 NOTHING = Transaction([])
@@ -101,7 +106,11 @@ async def delete_layers(host: Host, rows: Sequence[Row[Volume]]) -> None:
     """Delete the files of layers whose records say so, then the records."""
     catalogue = Catalogue(host.store)
     for row in rows:
-        remove_layer(row.value.path)
+        try:
+            await asyncio.to_thread(remove_layer, row.value.path)
+        except OSError as error:  # its record says that it is to go, and the next daemon tries again
+            log.warning("checkpoint.layer-not-removed", path=row.value.path, why=str(error))
+            continue
         now = await catalogue.find(row.id)
         if now is not None and now.value.state is VolumeState.DELETING:
             with suppress(CheckFailed):  # somebody else tidies up, too

@@ -16,8 +16,6 @@ import asyncio
 import os
 from collections.abc import Sequence
 
-import structlog
-
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.layer_changes import layer_volume, remove_layer, together, written
@@ -30,15 +28,13 @@ from hostler.host.operations.launching import end_machine, unclaim
 from hostler.host.steps import JobContext, Step
 from hostler.model.checkpoint import Checkpoint
 from hostler.model.disk import Disk, DiskSource
-from hostler.model.errors import Busy, HostlerError
+from hostler.model.errors import Busy
 from hostler.model.job import Job, StepState
 from hostler.model.vm import VmConfig, VmRecord, VmState
 from hostler.qemu import access
 from hostler.storage.catalogue import Catalogue
 from hostler.storage.layer_images import copy_file
 from hostler.store.contract import CheckFailed, Transaction
-
-log = structlog.get_logger()
 
 STATES = frozenset({VmState.OFF, VmState.RUNNING, VmState.PAUSED, VmState.SAVED, VmState.CRITICAL})
 TRIES = 5
@@ -148,11 +144,8 @@ class Applying:
                     raise Busy(self._actor.subject, "others claim its disks at the same moment", "try again") from error
 
     async def tidy(self, context: JobContext) -> None:
-        try:
-            before = VmConfig.model_validate(context.job.data["before"])
-            await Merging(self._host, self._actor, context).remove_unneeded(before)
-        except HostlerError as error:  # they go with the next checkpoint that is deleted
-            log.warning("checkpoint.layers-left", vm=self._actor.record.id, why=str(error))
+        before = VmConfig.model_validate(context.job.data["before"])
+        await Merging(self._host, self._actor, context).remove_unneeded(before)
         context.result(self._actor.record.to_json())
 
     def steps(self) -> Sequence[Step]:
