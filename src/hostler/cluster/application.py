@@ -32,6 +32,7 @@ from hostler.host.pool_places import Places
 from hostler.host.pool_watch import PoolWatch
 from hostler.host.pools import Pools
 from hostler.host.resources import Resources
+from hostler.host.room import RoomKeeper
 from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
 from hostler.host.vms import VmService
@@ -103,6 +104,7 @@ class Application:
     roster: Roster
     volume_service: VolumeService
     pool_watch: PoolWatch
+    room: RoomKeeper
     _autostart: asyncio.Task[None] | None = None
 
     @property
@@ -122,6 +124,7 @@ class Application:
         await self.adoption.settle_arrivals()
         await self.adoption.tidy([c.id for c in self.incoming.coming()])
         self.pool_watch.begin()
+        self.room.begin()
         self._autostart = asyncio.create_task(autostart(self.host, self._start_vm), name="autostart")
 
     async def _start_vm(self, vm_id: str) -> Job:
@@ -134,6 +137,7 @@ class Application:
             self._autostart.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._autostart
+        await self.room.close()
         await self.pool_watch.close()
         await self.adoption.close()
         await self.incoming.close()
@@ -183,6 +187,7 @@ def build_application(parts: Parts) -> Application:
         ),
         roster=roster,
         volume_service=host.volumes.service,
+        room=RoomKeeper(host),
         pool_watch=PoolWatch(host.pools, host.volumes.service, host.events),
     )
 

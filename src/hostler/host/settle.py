@@ -29,7 +29,9 @@ def verdict_running(status: RunStatus, io_trouble: dict[str, str]) -> Verdict:
         disks = ", ".join(sorted(io_trouble)) or "a disk"
         if "nospace" in io_trouble.values():
             return Verdict(
-                VmState.CRITICAL, CriticalReason.NO_SPACE, f"no space left for {disks}; the guest is stopped"
+                VmState.CRITICAL,
+                CriticalReason.NO_SPACE,
+                f"no space left for {disks}; the guest stands still, and goes on by itself when there is room",
             )
         return Verdict(VmState.CRITICAL, CriticalReason.IO_ERROR, f"I/O on {disks} failed; the guest is stopped")
     if status is RunStatus.GUEST_PANICKED:
