@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -47,6 +48,7 @@ async def test_layers_come_and_go_under_a_writing_guest(guest: Guest) -> None:
     await between(guest, lambda: guest.mirror(served, socket))
     raw = await guest.image(ImageFormat.RAW)
     await between(guest, lambda: guest.mirror(raw))
+    assert os.stat(raw.path).st_blocks * 512 < raw.size, "what the VHDX never held is a hole in the copy"
     await between(guest, guest.push, guest.push)
     await guest.machine.blocks.stream("up", guest.disk)
     await guest.machine.blocks.watch("up")

@@ -69,7 +69,11 @@ async def mirror(
     if await find(qmp, job) is not None:
         return
     copy = _written(disk, target)
-    added = await layers.add_node(qmp, copy, blockdev.blockdev_options(copy, export, aio))
+    node = blockdev.blockdev_options(copy, export, aio)
+    if disk.source.base.exported and disk.discard:
+        # QEMU's VHD and VHDX drivers do not tell zeroes from data: without this the copy would not be sparse.
+        node["detect-zeroes"] = "unmap"
+    added = await layers.add_node(qmp, copy, node)
     options: Options = {
         **_common(disk, job, speed),
         "device": blockdev.node_name(disk),
