@@ -141,6 +141,8 @@ async def test_what_is_refused_before_anything_is_made(node: Node) -> None:
         await move(node, taken)
     with pytest.raises(NotFound, match="directory"):
         await move(node, node.site.directory / "nowhere" / "b.img")
+    with pytest.raises(NotFound, match="directory"):
+        await move(node, f"{node.site.directory}/nowhere/")
     with pytest.raises(AlreadyExists, match="volume with that name"):
         await move(node, node.site.directory / "c.img", name="a", keep_source=True)
     with pytest.raises(NotFound, match="it has: disk0"):

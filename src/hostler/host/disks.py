@@ -104,6 +104,8 @@ class DiskService:
         if await asyncio.to_thread(os.path.isdir, path):
             own = Path(old.path) if old.kind is SourceKind.VOLUME and not request.name else Path(name + SUFFIX[format])
             path = os.path.join(path, own.name if format is old.format else own.stem + SUFFIX[format])
+        elif request.to.endswith("/"):
+            raise NotFound(f"directory {path}", "does not exist", "create it first, or choose another path")
         size = old.size + -old.size % SECTOR
         token = secrets.token_hex(4)
         target = self._host.volumes.service.check_new(_made_as(name, token), size, format, path)
