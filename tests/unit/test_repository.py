@@ -28,6 +28,7 @@ PROGRAMS = {
     "ip": "iproute2",
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
+    "nbdinfo": "libnbd-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",

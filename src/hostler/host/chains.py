@@ -15,10 +15,12 @@ from hostler.host.events import EventHub
 from hostler.host.jobs import JobRunner
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
+from hostler.model.disk import DiskSource, SourceKind
 from hostler.model.errors import InvalidInput
 from hostler.model.job import Job, Progress, StepState
 from hostler.model.names import new_id
 from hostler.model.units import format_size
+from hostler.storage.chain_exports import search_of
 from hostler.storage.chains.chain import open_chain
 from hostler.storage.chains.flatten import flatten
 from hostler.storage.chains.survey import survey
@@ -46,6 +48,12 @@ class Chains:
         """An image with its parents, or all images of a directory. Changes nothing. BadImage, NotFound, InvalidInput,
         NotPermitted about the image itself; what is wrong with a parent is in the report."""
         return await in_thread(f"image {request.path}", lambda: survey(request.path, request.search))
+
+    async def source(self, path: str) -> DiskSource:
+        """The chain of an image as something that a disk can read. BadImage when it is not sound."""
+        request = FlattenRequest(name="disk", source=path, search=search_of(path))
+        size, _ = await asyncio.to_thread(_look, request)
+        return DiskSource(kind=SourceKind.CHAIN, path=path, size=size)
 
     async def flatten(self, request: FlattenRequest, by: str) -> Job:
         """Begin to make a volume of an image and its parents; the job's result is the volume. What is wrong with the

@@ -20,7 +20,7 @@ import structlog
 from hostler.host.connections import Connections, Reach
 from hostler.host.hypervisor import Machine
 from hostler.host.paths import Paths
-from hostler.model.disk import Disk, DiskSource
+from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.model.errors import HostlerError
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec
@@ -259,9 +259,9 @@ async def renew(config: VmConfig, disk: Disk) -> None:
 
 
 def _grant_layers(disk: Disk, uid: int) -> None:
-    """Its top layer for writing, what is below for reading."""
+    """Its top layer for writing, what is below for reading. (The process that serves a chain gets its files open.)"""
     for layer in disk.source.layers():
-        if layer.local:
+        if layer.local and layer.kind is not SourceKind.CHAIN:
             access.check_reachable(layer.path, uid)
             access.grant(os.path.realpath(layer.path), uid, disk.writes and layer is disk.source)
 

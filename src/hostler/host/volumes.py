@@ -18,7 +18,7 @@ from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.volume_work import VolumeWork
 from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
-from hostler.model.errors import InUse, InvalidInput, NotFound
+from hostler.model.errors import BadImage, InUse, InvalidInput, NotFound
 from hostler.model.image import ImageDetails, VolumeView
 from hostler.model.job import Job, Progress
 from hostler.model.names import check_name, nearest
@@ -199,7 +199,12 @@ class Volumes:
             near = nearest(ref, names)
             advice = f"did you mean {near!r}?" if near else "give the name of a volume or an absolute path"
             raise NotFound(f"volume {ref}", "there is no such volume", advice)
-        found = await self.service.look(ref, format)
+        try:
+            found = await self.service.look(ref, format)
+        except BadImage as error:
+            if writes or not error.details.get("differencing"):
+                raise
+            return await self.chains.source(ref)
         if found.format is ImageFormat.RAW and format is not ImageFormat.RAW:
             raise InvalidInput(
                 f"volume {ref}",

@@ -36,7 +36,7 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
         "--pidfile",
         pidfile,
         "--chardev",
-        _CHARDEV + _escape(control) + _SERVER,
+        control_option(control),
         "--monitor",
         "chardev=control,mode=control",
         "--nbd-server",
@@ -69,6 +69,11 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
         if process.returncode in NOT_RUN and "failed to execute" in output:
             raise _lacks(binary)
         raise QemuFailed(f"export {nbd}", f"{binary} did not start: {output}", output=output)
+
+
+def control_option(control: str) -> str:
+    """The option by which every export process is told of its control socket, and found again."""
+    return _CHARDEV + _escape(control) + _SERVER
 
 
 def _as_user(run_as: int | None, run_dir: str) -> list[str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from hostler.model.disk import Disk
+from hostler.model.disk import Disk, SourceKind
 from hostler.model.errors import (
     BadImage,
     HostlerError,
@@ -38,6 +38,7 @@ from hostler.model.errors import (
 )
 from hostler.removal import FEW, remove_tree
 from hostler.storage import export_nodes as nodes
+from hostler.storage.chain_exports import serves_chain, start_chain
 from hostler.storage.export_process import find_all, find_process, spawn, terminate
 from hostler.storage.qemu_img import LOG_PENDING, LogPending
 from hostler.storage.qmp import QmpGone, QmpLines, QmpRefused, conversation
@@ -73,6 +74,10 @@ class Exports:
             if find_process(control) is None:
                 undo.push_async_callback(_stop, run_dir, disk.id)
                 _remove_files(run_dir, disk.id)
+                if _is_chain(disk):
+                    await start_chain(control, self.socket(run_dir, disk.id), disk, run_as)
+                    undo.pop_all()
+                    return self.socket(run_dir, disk.id)
                 await spawn(self._binary, control, self.socket(run_dir, disk.id), _pidfile(run_dir, disk.id), run_as)
             await _arrange(control, disk, nodes.PLACEHOLDER if placeholder else nodes.IMAGE)
             undo.pop_all()
@@ -89,7 +94,7 @@ class Exports:
         come back. When this fails, it is served as before."""
         control = _control(run_dir, disk.id)
         async with self._lock(control):
-            if await _is_read_only(control, disk) == disk.writes:
+            if not _is_chain(disk) and await _is_read_only(control, disk) == disk.writes:
                 try:
                     await _arrange(control, disk, None)
                     await _arrange(control, disk, nodes.IMAGE)
@@ -127,6 +132,8 @@ class Exports:
             pid = find_process(control)
             if pid is None:
                 return None
+            if serves_chain(pid):
+                return nodes.IMAGE
             try:
                 async with conversation(control, pid) as qmp:
                     return await _exported(qmp)
@@ -140,6 +147,11 @@ class Exports:
         return tuple([d for d, control in zip(ids, controls, strict=True) if find_process(str(control))])
 
 
+def _is_chain(disk: Disk) -> bool:
+    """Whether it is served by our own process: always its image, for nobody writes it, on this host or another."""
+    return disk.source.kind is SourceKind.CHAIN
+
+
 async def _arrange(control: str, disk: Disk, want: str | None) -> None:
     """Make `want` what is behind the export. The new node is opened before the old one goes."""
     subject = f"disk {disk.id} ({disk.source.path})"
@@ -147,6 +159,8 @@ async def _arrange(control: str, disk: Disk, want: str | None) -> None:
         pid = find_process(control)
         if pid is None:
             raise QmpGone("it does not run")
+        if _is_chain(disk):
+            return
         async with conversation(control, pid) as qmp:
             if want is not None:
                 await _have_node(qmp, disk, want)

@@ -198,7 +198,8 @@ def _differencing(path: str, what: str) -> BadImage:
     return BadImage(
         f"image {path}",
         f"is a differencing {what}: it holds the changes to a parent disk only",
-        "make one whole disk of it and its parents: hostler volume flatten IMAGE NAME",
+        "make one whole disk of it and its parents (hostler volume flatten IMAGE NAME), or attach it read-only",
+        differencing=True,
     )
 
 
