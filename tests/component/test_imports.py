@@ -13,7 +13,7 @@ from pathlib import Path
 import images
 import pytest
 
-from hostler.model.disk import Bus, ImageFormat, Media
+from hostler.model.disk import Bus, ImageFormat, Media, SourceKind
 from hostler.model.errors import BadImage, Blocked, InvalidInput, NotFound
 from hostler.model.foreign import DiskFate, ImportReport, RemarkKind
 from hostler.model.job import Job, JobState
@@ -133,7 +133,7 @@ async def test_a_folder_of_hyper_v(node: Node, tmp_path: Path, form: str) -> Non
     fates = {d.place: (d.fate, d.source_format, d.size, d.volume) for d in report.disks}
     assert fates == {
         "ide 0:0": (DiskFate.COPY, "vhd-fixed", SIZE, "Web 01"),
-        "ide 1:0": (DiskFate.LEAVE, "", 0, ""),
+        "ide 1:0": (DiskFate.ATTACH, "", 0, ""),
         "scsi 0:1": (DiskFate.COPY, "vhd", SIZE, "Web 01-2"),
         "scsi 0:2": (DiskFate.LEAVE, "", 0, ""),
     }
@@ -149,14 +149,16 @@ async def test_a_folder_of_hyper_v(node: Node, tmp_path: Path, form: str) -> Non
     vm = node.application.vms.get("Web 01")
     assert job.target == vm.id
     assert [(d.bus, d.controller, d.unit, d.boot_index) for d in vm.config.disks] == [
-        (Bus.IDE, 0, 0, 1),
-        (Bus.SCSI, 0, 1, 2),
+        (Bus.IDE, 0, 0, 2),
+        (Bus.IDE, 0, 2, 1),
+        (Bus.SCSI, 0, 1, 3),
     ]
+    assert [d.source.kind for d in vm.config.disks if d.media is Media.CDROM] == [SourceKind.EMPTY]
     assert [(n.mac, n.network) for n in vm.config.nics] == [
         ("00:15:5d:01:07:dc", Network.USER),
         ("00:15:5d:01:07:dd", Network.NONE),
     ]
-    for disk, pattern in zip(vm.config.disks, (7, 9), strict=True):
+    for disk, pattern in zip([d for d in vm.config.disks if d.media is Media.DISK], (7, 9), strict=True):
         assert disk.source.format is ImageFormat.QCOW2
         assert images.verified(disk.source.path, ImageFormat.QCOW2, pattern, "1M 64k")
     assert boot.read_bytes() == before

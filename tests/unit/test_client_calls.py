@@ -36,7 +36,7 @@ from hostler.model.requests import (
     VolumeCreate,
     VolumeRegister,
 )
-from hostler.model.transfer import ImportRequest
+from hostler.model.transfer import ExportRequest, ImportRequest
 from hostler.model.views import PeerIntroduction
 from hostler.model.vm import VmConfig
 
@@ -58,6 +58,7 @@ def test_answers_are_read_as_what_their_annotations_say(monkeypatch: pytest.Monk
         "job",
         "migration",
         "pool",
+        "transfer",
         "views",
         "vm",
         "volume",
@@ -242,7 +243,8 @@ def every_call() -> list[calls.Call[Any]]:
         calls.backup_restore(BackupRestore(directory="/d", backup="2026", vm="n")),
         calls.backup_prune(BackupPrune(directory="/d", keep=1)),
         calls.import_inspect(ImportRequest(path="/e")),
-        calls.import_run(ImportRequest(path="/e")),
+        calls.import_run(ImportRequest(path="/e")), calls.export_check(vm, ExportRequest(directory="/e")),
+        calls.export_run(vm, ExportRequest(directory="/e")),
         calls.this_host(), calls.hosts(), calls.limits(), calls.host_invite(),
         calls.pool_discover(Discover(portals=("h:1",))),
         calls.volume_chain(ChainRequest(path="/v")), calls.volume_flatten(FlattenRequest(name="v", source="/v")),

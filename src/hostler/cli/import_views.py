@@ -89,3 +89,24 @@ def done(job: Json) -> str:
     """What is said when an import is over."""
     name = (job.get("result") or {}).get("config", {}).get("name") or job.get("target_name") or job["target"]
     return f"vm {name} is imported; start it with: hostler vm start {name}"
+
+
+def export(found: Json) -> Facts:
+    """What an export would write."""
+    facts = [
+        ("vm", found["vm"]),
+        ("path", found["path"]),
+        ("form", found["form"]),
+        ("size", f"up to {format_size(found['size'])}"),
+        ("files", "\n".join(found["files"])),
+        ("not in it", "\n".join(found["lost"])),
+    ]
+    return Facts(tuple((label, value) for label, value in facts if value))
+
+
+def exported(job: Json) -> str:
+    """What is said when an export is over."""
+    result = job.get("result") or {}
+    lines = [f"vm {job.get('target_name') or job['target']} is in {result.get('path', job['params']['path'])}"]
+    lines += [f"not in it: {what}" for what in result.get("lost", ())]
+    return "\n".join(lines)

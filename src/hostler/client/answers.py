@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hostler.model.limits import Limits
     from hostler.model.migration import Blocker, IncomingStatus
     from hostler.model.pool import PoolView, ScanReport, StorageTarget
+    from hostler.model.transfer import ExportReport
     from hostler.model.views import (
         Deleted,
         Event,
@@ -93,6 +94,7 @@ SCAN: Answer[ScanReport] = Model("pool", "ScanReport")
 BACKUP: Answer[BackupView] = Model("backup", "BackupView")
 BACKUPS: Answer[list[BackupView]] = Model("backup", "BackupView", many=True)
 PRUNED: Answer[Pruned] = Model("backup", "Pruned")
+EXPORT_REPORT: Answer[ExportReport] = Model("transfer", "ExportReport")
 IMPORT_REPORT: Answer[ImportReport] = Model("foreign", "ImportReport")
 JOB: Answer[Job] = Model("job", "Job")
 JOBS: Answer[list[Job]] = Model("job", "Job", many=True)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         VolumeCreate,
         VolumeRegister,
     )
-    from hostler.model.transfer import ImportRequest
+    from hostler.model.transfer import ExportReport, ExportRequest, ImportRequest
     from hostler.model.views import (
         Deleted,
         HostView,
@@ -374,6 +374,14 @@ def import_run(request: ImportRequest, *, wait: float = 0.0) -> Call[Job]:
 
 def pool_discover(request: Discover) -> Call[list[StorageTarget]]:
     return Call("POST", "/v1/pools/discover", answers.TARGETS, body=request)
+
+
+def export_check(ref: str, request: ExportRequest) -> Call[ExportReport]:
+    return Call("POST", _vm(ref, "/export/check"), answers.EXPORT_REPORT, body=request)
+
+
+def export_run(ref: str, request: ExportRequest, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _vm(ref, "/export"), answers.JOB, _query(wait), request, wait)
 
 
 # hosts

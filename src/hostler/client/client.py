@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         VolumeCreate,
         VolumeRegister,
     )
-    from hostler.model.transfer import ImportRequest
+    from hostler.model.transfer import ExportReport, ExportRequest, ImportRequest
     from hostler.model.views import (
         Deleted,
         Event,
@@ -277,6 +277,20 @@ class Imports:
         return self._send(calls.import_run(request, wait=wait))
 
 
+class Exports:
+    """Machines that go out. `ref` is an id or a name of a VM."""
+
+    def __init__(self, send: Sender) -> None:
+        self._send = send
+
+    def check(self, ref: str, request: ExportRequest) -> ExportReport:
+        """What would be written; nothing is changed."""
+        return self._send(calls.export_check(ref, request))
+
+    def run(self, ref: str, request: ExportRequest, *, wait: float = 0.0) -> Job:
+        return self._send(calls.export_run(ref, request, wait=wait))
+
+
 class Hosts:
     """The host that answers, and its peers."""
 
@@ -360,6 +374,7 @@ class Client:
         self.pools = Pools(self.send)
         self.imports = Imports(self.send)
         self.backups = Backups(self.send)
+        self.exports = Exports(self.send)
         self.hosts = Hosts(self.send)
         self.jobs = Jobs(self.send)
         self.tokens = Tokens(self.send)

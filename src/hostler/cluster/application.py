@@ -22,6 +22,7 @@ from hostler.host.checkpoints import Checkpoints
 from hostler.host.context import Host
 from hostler.host.disks import DiskService
 from hostler.host.events import EventHub
+from hostler.host.exporting import VmExports
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.importing import KIND as IMPORT
 from hostler.host.importing import Imports
@@ -93,6 +94,7 @@ class Application:
     imports: Imports
     checkpoints: Checkpoints
     backups: Backups
+    vm_exports: VmExports
     jobs: JobRunner
     events: EventHub
     hosts: HostService
@@ -172,6 +174,7 @@ def build_application(parts: Parts) -> Application:
         imports=imports,
         checkpoints=Checkpoints(host),
         backups=backups,
+        vm_exports=VmExports(host),
         jobs=host.jobs,
         events=host.events,
         hosts=HostService(host, peers, parts.identity, parts.trust, parts.invitations, parts.connect, parts.address),

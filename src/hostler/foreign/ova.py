@@ -6,9 +6,12 @@ hostile archive cannot ask for memory; long names (GNU, pax) are read up to a bo
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hostler.foreign.errors import bad_description
@@ -125,6 +128,32 @@ def _text(value: bytes, path: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise bad_description(path, "has a file whose name is no text", "pack it again") from error
+
+
+class _Stopped(Exception):
+    """Whoever waits for the archive has gone."""
+
+
+class _Stoppable(io.BufferedReader):
+    stop: Callable[[], bool] = staticmethod(lambda: False)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.stop():
+            raise _Stopped
+        return super().read(size)
+
+
+def write_archive(target: str, files: Sequence[tuple[str, str]], stop: Callable[[], bool]) -> None:
+    """An archive with these files (name and path), in this order: descriptor, manifest, disks. OSError as writing
+    fails; what is there of it is of no use once `stop` said yes."""
+    with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive, suppress(_Stopped):
+        for name, path in files:
+            member = tarfile.TarInfo(name)
+            member.size = os.stat(path).st_size
+            member.mode = 0o644
+            with _Stoppable(io.FileIO(path)) as file:
+                file.stop = stop
+                archive.addfile(member, file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from hostler.model.vm import VmConfig
 
 DESCRIPTION = "vm.json"
 MANIFEST = "manifest.sha256"
+STATE_FILES = {"uefi-vars.fd": "uefi-vars.fd", "tpm2-00.permall": "tpm/tpm2-00.permall"}
+"""What else a VM is: its UEFI variables and its TPM's state. Name in the folder, and below the VM's state directory."""
 MARK = "hostler-vm"
 VERSION = 1
 MAX_SIZE = 4 * 1024**2
@@ -40,15 +42,17 @@ class OwnFolder:
 
 def write_own(config: VmConfig, files: dict[str, str], version: str, when: str) -> bytes:
     """`vm.json` of a VM whose disks are in these files (by id of the disk). `version`: of this program."""
-    disks = tuple(_described(disk, files[disk.id]) for disk in config.disks if disk.id in files)
+    disks = tuple(_described(disk, files.get(disk.id)) for disk in config.disks)
     described = config.but(disks=disks, run_as=None, kernel=None)
     content = {"mark": MARK, "version": VERSION, "program": version, "exported": when, "config": described.to_json()}
     return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _described(disk: Disk, file: str) -> Disk:
-    source = DiskSource(path=file, format=disk.source.format, size=disk.source.size)
-    return disk.but(source=source)
+def _described(disk: Disk, file: str | None) -> Disk:
+    """The disk on its file here; without one, a drive without a medium."""
+    if file is None:
+        return disk.but(source=DiskSource(kind=SourceKind.EMPTY, path=""), read_only=True)
+    return disk.but(source=DiskSource(path=file, format=disk.source.format, size=disk.source.size))
 
 
 def read_own(data: bytes, path: str) -> OwnFolder:
@@ -69,7 +73,8 @@ def read_own(data: bytes, path: str) -> OwnFolder:
         why = str(error).splitlines()[:3]
         raise bad_description(path, f"does not describe a VM: {' '.join(why)[:300]}") from error
     for disk in config.disks:
-        _check_file(disk.source, path)
+        if disk.source.kind is not SourceKind.EMPTY:
+            _check_file(disk.source, path)
     return OwnFolder(_machine(config, content), config.but(kernel=None))
 
 

@@ -9,9 +9,8 @@ undo after a crash finds what is its own, and nothing else.
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from pydantic import JsonValue
 from hostler.foreign.ova import Digest
 from hostler.host.configure import check_config, new_config
 from hostler.host.context import Host
+from hostler.host.import_state import place_state
 from hostler.host.imports import Survey, survey
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.vms import VmService
@@ -32,6 +32,8 @@ from hostler.model.names import new_id
 from hostler.model.requests import DiskAdd, VmCreate
 from hostler.model.transfer import ImportRequest
 from hostler.model.vm import VmConfig
+from hostler.removal import remove_tree
+from hostler.storage.digest import digest_of
 from hostler.storage.formats import SUFFIX
 from hostler.storage.qemu_img import OnProgress, QemuImg
 from hostler.storage.waiting import interruptible
@@ -105,6 +107,7 @@ def _params(found: Survey, request: ImportRequest) -> dict[str, JsonValue]:
         "config": found.config.to_json() if found.config else None,
         "directory": request.directory,
         "keep_id": request.keep_id,
+        "state": found.state,
     }
     return params
 
@@ -129,7 +132,7 @@ class _Import:
         for number, digest in enumerate(digests):
             context.progress(Progress(fraction=number / len(digests), text=f"verifying {digest.name}"))
             path, at, size = self._place_of(digest.name, description)
-            found = await interruptible(partial(_hash, path, at, size, digest.algorithm))
+            found = await interruptible(partial(digest_of, path, digest.algorithm, at=at, size=size))
             if found != digest.value:
                 raise BadImage(
                     f"file {digest.name} of {description}",
@@ -198,6 +201,7 @@ class _Import:
         """Remove the volumes of this job, unless the VM that has them is there."""
         if self.is_defined():
             return
+        await asyncio.to_thread(remove_tree, self._host.paths.vm_state(self._vm_id))
         for disk in reversed([disk for disk in self._disks if disk.volume]):
             if await self._mine(disk, context) is not None:
                 await self._host.volumes.delete(disk.volume, f"job {context.job.id}", disk.fate is DiskFate.REGISTER)
@@ -206,6 +210,8 @@ class _Import:
         """The VM, off. From here on the import has happened."""
         if not self.is_defined():
             config = await self._config(context)
+            state = str(self._host.paths.vm_state(self._vm_id))
+            await asyncio.to_thread(place_state, self._params["state"], state, config.run_as)
             await self._vms.define(config, context.job.by)
         context.no_return()
         context.result(self._host.actor(self._vm_id).record.to_json())
@@ -241,29 +247,9 @@ class _Import:
             source = await self._mine(fate, context) if fate.volume else None
             if source is not None:
                 disks.append(disk.but(source=source))
-            elif fate.fate is DiskFate.ATTACH and fate.path is not None:
-                disks.append(disk.but(source=DiskSource(path=fate.path, format=ImageFormat.RAW, size=fate.size)))
+            elif fate.fate is DiskFate.ATTACH:
+                disks.append(disk)
         every = [a.record.config for a in self._host.actors.values()]
         identity = {} if self._params["keep_id"] else {"generation_id": new_id()}
         run_as = self._host.resources.user_for(self._vm_id, every)
         return config.but(id=self._vm_id, disks=tuple(disks), run_as=run_as, **identity)
-
-
-def _hash(path: str, at: int, size: int | None, algorithm: str, stop: Callable[[], bool]) -> str:
-    """The digest of a file, or of `size` bytes of it from `at`."""
-    total = hashlib.new(algorithm, usedforsecurity=False)
-    try:
-        with open(path, "rb") as file:
-            file.seek(at)
-            left = size
-            while not stop():
-                piece = file.read(min(1024 * 1024, left) if left is not None else 1024 * 1024)
-                if not piece:
-                    break
-                total.update(piece)
-                left = None if left is None else left - len(piece)
-    except FileNotFoundError as error:
-        raise NotFound(f"file {path}", "is in the manifest but not there", "copy the whole folder") from error
-    except OSError as error:
-        raise BadImage(f"file {path}", f"cannot be read: {error.strerror}", "look at the disk it is on") from error
-    return total.hexdigest()

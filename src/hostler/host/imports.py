@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from hostler.foreign.locate import Found, base_name, find, locate_image
 from hostler.foreign.mapping import Place, boot_rank, network_of, places, remarks, request_of
+from hostler.foreign.own import STATE_FILES
 from hostler.host.configure import check_config, new_config
 from hostler.host.context import Host
+from hostler.host.import_state import state_files
 from hostler.model.disk import Bus, ImageFormat, Media
 from hostler.model.errors import AlreadyExists, BadImage, HostlerError, InvalidInput, NotFound
 from hostler.model.foreign import (
@@ -53,6 +55,8 @@ class Survey:
     remarks: list[Remark] = field(default_factory=list)
     request: VmCreate | None = None
     config: VmConfig | None = None
+    state: dict[str, str] = field(default_factory=dict)
+    """UEFI variables and TPM state that go along, by name their path."""
     needed: int = 0
     free: int = 0
 
@@ -166,7 +170,8 @@ async def _look_at_disk(
     try:
         shown = await _find_image(host, made, disk, shown, request)
     except (NotFound, BadImage, InvalidInput, AlreadyExists) as error:
-        shown = shown.but(problem=f"{error.cause}", fate=DiskFate.LEAVE)
+        empty = disk.media is Media.CDROM
+        shown = shown.but(problem=f"{error.cause}", fate=DiskFate.ATTACH if empty else DiskFate.LEAVE, path=None)
         _judge_missing(made, disk, error, request)
     else:
         if shown.fate in (DiskFate.COPY, DiskFate.REGISTER, DiskFate.FLATTEN):
@@ -192,7 +197,7 @@ def _judge_missing(made: Survey, disk: ForeignDisk, error: HostlerError, request
     """A CD that is not there is an empty drive; a disk that is not there, or not whole, stops the import."""
     subject = f"{disk.media} {disk.place}"
     if disk.media is not Media.DISK:
-        made.add(RemarkKind.LOST, subject, f"{disk.name}: {error.cause}; the drive is left out", error.advice)
+        made.add(RemarkKind.LOST, subject, f"{disk.name}: {error.cause}; the drive is empty", error.advice)
     elif isinstance(error, NotFound) and request.skip_missing:
         made.add(RemarkKind.LOST, subject, f"{disk.name}: {error.cause}; it is left out, as asked")
     else:
@@ -358,7 +363,12 @@ async def _own_config(
     ]
     for nic in kept:
         await host.resources.check_nic(nic)
-    return config.but(**changes, nics=tuple(kept), firmware=made.machine.firmware)
+    config = config.but(**changes, nics=tuple(kept), firmware=made.machine.firmware)
+    digests = {d.name: d.value for d in made.found.digests}
+    made.state = state_files(config, digests, os.path.dirname(made.found.description), qemu)
+    for name in STATE_FILES.keys() & digests.keys() - made.state.keys():
+        made.add(RemarkKind.CHANGED, name, "does not fit this host's firmware; the VM gets a new, empty one")
+    return config
 
 
 def _check_space(host: Host, made: Survey, request: ImportRequest) -> None:

@@ -108,6 +108,9 @@ TABLE: dict[str, Rule] = {
     "POST /v1/backups/restore": _P.CONFIGURE,
     "POST /v1/backups/delete": _P.CONFIGURE,
     "POST /v1/backups/prune": _P.CONFIGURE,
+    # writes to any directory that the daemon can write to, as a volume with a path does
+    "POST /v1/vms/{vm}/export": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/export/check": _P.CONFIGURE,
     # jobs and events
     "GET /v1/jobs": _P.VIEW,
     "GET /v1/jobs/{job}": _P.VIEW,

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,6 +187,28 @@ class QemuImg:
         image = {"driver": "vmdk", "backing": None, "file": node}
         named = ["--", "json:" + json.dumps(image, ensure_ascii=False)]
         await self._convert(named, source, path, format, size, on_progress)
+
+    async def convert_node(
+        self,
+        node: Mapping[str, object],
+        path: str,
+        format: ImageFormat,
+        size: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """As `convert`, from a block node as QEMU's -blockdev has them: whatever it names is opened, nothing else."""
+        named = ["--", "json:" + json.dumps(node, ensure_ascii=False)]
+        await self._convert(named, path, path, format, size, on_progress)
+
+    async def pack_vmdk(self, node: Mapping[str, object], path: str, on_progress: OnProgress | None = None) -> None:
+        """A new VMDK of the kind that OVF packages have (compressed, written once) with the content of a node. Errors
+        as `convert`."""
+        async with new_file(path) as part:
+            argv = [self._binary, "convert", "-p", "-O", "vmdk", "-o", "subformat=streamOptimized"]
+            argv += ["--", "json:" + json.dumps(node, ensure_ascii=False), part]
+            outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, teller(on_progress))
+            if outcome.status != 0:
+                raise explain(f"image {path}", outcome, Path(path).parent)
 
     async def _convert(
         self,

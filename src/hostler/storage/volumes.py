@@ -60,6 +60,11 @@ class VolumeService:
         """What makes and converts images here."""
         return self._image
 
+    @property
+    def images(self) -> QemuImg:
+        """What makes and converts images here."""
+        return self._image
+
     # making
 
     async def create(

@@ -18,11 +18,11 @@ import shutil
 import ssl
 import struct
 import tempfile
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from hostler.cluster.application import Application, Parts, build_application
 from hostler.host.paths import Paths
@@ -89,6 +89,17 @@ class PlainImages(QemuImg):
         async with new_file(path) as part:
             shutil.copyfile(source, part)
             os.truncate(part, size)
+
+    async def convert_node(
+        self,
+        node: Mapping[str, Any],
+        path: str,
+        format: ImageFormat,
+        size: int,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """A copy of a raw image."""
+        await self.convert(node["file"]["filename"], format, path, format, size, on_progress)
 
 
 class PlainLayers(LayerImages):

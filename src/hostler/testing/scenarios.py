@@ -136,6 +136,10 @@ class Scenario:
             return await self.plan(node)
         if self.kind.startswith("checkpoint."):
             return await _of_checkpoint(node, self.kind)
+        if self.kind == "vm.export":
+            out = node.site.directory / "out"
+            out.mkdir(exist_ok=True)
+            return {"form": "folder", "format": None, "path": str(out / VM)}
         if self.kind == "vm.migrate":
             other = next(n for n in node.site.nodes if n is not node)
             settings = settings_of(MigrateRequest(host=other.name))
@@ -352,6 +356,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("backup.restore-volume", ("restore",), ("start", "backup", "turn-off")),
     Scenario("backup.verify", ("verify",), ("start", "backup", "turn-off"), forward_from="verify:before"),
     Scenario("volume.create", ("create",)),
+    Scenario("vm.export", ("write", "publish"), insists=True),
     Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
     Scenario("volume.checksum", ("read",), ("volume",), forward_from=NEVER),
     Scenario("volume.validate", ("check",), ("volume",), forward_from=NEVER),
@@ -407,6 +412,7 @@ async def picture(site: Site) -> dict[str, object]:
         "locks": sorted(f"{name[0]}.{name[-1]}" for name in (Path(p).name.split(".") for p in site.world.locks)),
         "wire": sorted(site.world.wire),
         "backups": sorted(p.name for p in site.directory.glob("backups/*/*/*")),
+        "exported": sorted(p.name for p in (site.directory / "out").rglob("*")),
         "noted": sorted(_noted(qemu) for qemu in site.world.running.values()),
         "images": sorted(path.name for path in site.directory.glob("*.img")),
         "granted": {path.name: users for path in site.directory.glob("*.img") if (users := granted(path))},

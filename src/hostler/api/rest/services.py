@@ -30,7 +30,7 @@ from hostler.model.requests import (
     VolumeCreate,
     VolumeRegister,
 )
-from hostler.model.transfer import ImportRequest
+from hostler.model.transfer import ExportReport, ExportRequest, ImportRequest
 from hostler.model.views import (
     Deleted,
     Event,
@@ -124,6 +124,11 @@ class Imports(Protocol):
     async def run(self, request: ImportRequest, by: str) -> Job: ...
 
 
+class VmExports(Protocol):
+    async def check(self, ref: str, request: ExportRequest) -> ExportReport: ...
+    async def run(self, ref: str, request: ExportRequest, by: str) -> Job: ...
+
+
 class Jobs(Protocol):
     def list(self) -> Sequence[Job]: ...
     def get(self, job_id: str) -> Job: ...
@@ -175,6 +180,8 @@ class Application(Protocol):
     def backups(self) -> Backups: ...
     @property
     def volume_work(self) -> VolumeWork: ...
+    @property
+    def vm_exports(self) -> VmExports: ...
     @property
     def jobs(self) -> Jobs: ...
     @property

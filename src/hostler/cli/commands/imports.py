@@ -107,3 +107,32 @@ def _request(path: str, networks: tuple[str, ...] = (), search: tuple[str, ...] 
         network=default,
         **given,
     )
+
+
+@click.command("export", cls=Command)
+@options.VM
+@click.argument("directory")
+@click.option("--folder", "form", flag_value="folder", default=True, help="A folder of our own: nothing is lost.")
+@click.option("--ovf", "form", flag_value="ovf", help="An OVF with VMDK disks, in a folder.")
+@click.option("--ova", "form", flag_value="ova", help="The same in one file.")
+@click.option("--format", type=click.Choice(parsing.FORMATS), help="Format of the disks in a folder [as they are].")
+@options.DRY_RUN
+@options.WAIT
+@click.pass_obj
+def export(
+    settings: Settings, vm: str, directory: str, form: str, format: str | None, dry_run: bool, wait: bool
+) -> int | None:
+    """Write a VM that is off to a folder, an OVF or an OVA.
+
+    \b
+    hostler export web1 /srv/export
+    hostler export web1 /srv/export --ova
+    """
+    from hostler.model.transfer import ExportRequest  # noqa: PLC0415 - pydantic only when it is needed
+
+    place = parsing.absolute(directory)
+    request = parsing.request(ExportRequest, f"export of {vm!r}", directory=place, form=form, format=format)
+    if dry_run:
+        output.show(settings, settings.client.raw(calls.export_check(vm, request)), import_views.export)
+        return None
+    return run_job(settings, calls.export_run(vm, request), wait=wait, done=import_views.exported)

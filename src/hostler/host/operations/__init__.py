@@ -14,6 +14,7 @@ from hostler.host.operations import (
     disk_move,
     disk_tune,
     disks,
+    export,
     pause,
     restore,
     restore_backup,
@@ -46,5 +47,6 @@ OPERATIONS: dict[str, Operation] = {
         checkpoint_apply.OPERATION,
         checkpoint_clone.OPERATION,
         restore_backup.OPERATION,
+        export.OPERATION,
     )
 }
