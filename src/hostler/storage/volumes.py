@@ -52,16 +52,13 @@ class VolumeService:
         self.limits = limits
         self._claims = claims or ClaimBook(store)
         self._image = image or QemuImg()
+        self.images = self._image
+        """What makes and converts images here."""
         self._catalogue = Catalogue(store)
         self._making: list[str] = []
 
     @property
     def image(self) -> QemuImg:
-        """What makes and converts images here."""
-        return self._image
-
-    @property
-    def images(self) -> QemuImg:
         """What makes and converts images here."""
         return self._image
 
