@@ -34,8 +34,8 @@ class CopyProgress:
         self._measure(done)
         left = max(0, total - done)
         seconds = left / self._rate if self._rate else None
-        text = f"{format_size(done)} of {format_size(total)}"
-        if self._rate:
+        text = f"{format_size(done)} of {format_size(total)}" if total else ""
+        if total and self._rate:
             text += f", {format_size(int(self._rate))}/s"
         self._context.progress(
             Progress(

@@ -30,10 +30,10 @@ from hostler.host.actor import VmActor
 from hostler.host.blocks import Blocks
 from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
+from hostler.host.operations.copying import Copying
 from hostler.host.operations.disk_edit import change_disk, claim_exactly, source_of
 from hostler.host.operations.disks import CHANGEABLE
 from hostler.host.operations.launching import claim
-from hostler.host.progress import CopyProgress
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import Disk, SourceKind
 from hostler.model.errors import AlreadyExists, HostlerError, NotFound
@@ -60,6 +60,7 @@ class Move:
         self._name = str(params["name"])
         self._keep = bool(params["keep_source"])
         self._limit = int(cast(int, params["limit"]))
+        self._copying = Copying(actor, self.disk_id)
         self._unsure = False
         """Whether QEMU was asked to switch, and nobody knows whether it did."""
 
@@ -138,10 +139,8 @@ class Move:
         """Copy everything; at the end the copy is the same, or kept the same, as the source."""
         if not self.live:
             return await self._convert(context)
-        show = CopyProgress(context)
         await self.blocks.mirror(job_name(context.job), self.disk, self.target, self._export(), speed=self._limit)
-        await self.blocks.watch(job_name(context.job), show.block_job, until_ready=True)
-        return None
+        return await self._copying.keep_up(context, job_name(context.job))
 
     def _export(self) -> str | None:
         return self._host.resources.export_of(self._actor.record.config, self.copy)
@@ -171,6 +170,7 @@ class Move:
         if not self.recorded and self._actor.machine is not None:
             await self.blocks.cancel(job_name(context.job))
             await self.blocks.forget(job_name(context.job))
+            await self._copying.release_brake(context)
 
     # switch
 
@@ -187,16 +187,21 @@ class Move:
         self._unsure = done = await self.switched()
         if "run" not in context.job.data:
             await context.remember(run=await machine.status() is RunStatus.RUNNING)
+        noted = not done and await self._copying.ready_to_stop(job_name(context.job))
         await machine.stop()
         if not done:
-            await self._finish(job_name(context.job))
+            await self._finish(job_name(context.job), noted)
         await change_disk(self._actor, self.disk_id, durable=True, source=self.target)
         self._unsure = False
+        await self._copying.release_brake(context)
         if context.job.data["run"]:
             await machine.run()
 
-    async def _finish(self, job: str) -> None:
+    async def _finish(self, job: str, noted: bool) -> None:
         """Let QEMU switch. An answer that did not come, or tells of a failure, is no news: its block graph is."""
+        await self.blocks.watch(job, until_ready=True)
+        if noted:
+            await self._copying.keep_bitmaps(self.disk, self.target)
         self._unsure = True
         try:
             await self.blocks.finish(job)
