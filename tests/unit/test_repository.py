@@ -35,6 +35,7 @@ PROGRAMS = {
     "qemu-storage-daemon": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "setfacl": "acl",
+    "mkfs.btrfs": "btrfs-progs",
     "vhdiinfo": "libvhdi-utils",
     "shellcheck": "shellcheck",
     "swtpm": "swtpm",

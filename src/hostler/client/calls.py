@@ -64,7 +64,7 @@ T = TypeVar("T")
 
 ACTIONS = ("start", "pause", "resume", "save", "restore", "discard-saved", "turn-off", "reset")
 """What a VM can be told without a body."""
-VOLUME_ACTIONS = ("checksum", "validate", "grow", "shrink")
+VOLUME_ACTIONS = ("checksum", "validate", "grow", "shrink", "convert", "compact", "clone")
 """What a volume can be told."""
 LONGEST_WAIT = 3600.0
 """Seconds; the API waits no longer in one request."""

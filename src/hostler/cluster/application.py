@@ -38,7 +38,7 @@ from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
 from hostler.host.vms import VmService
 from hostler.host.volume_operations.base import Tools
-from hostler.host.volume_users import VolumeUsers
+from hostler.host.volume_users import VolumeUsers, of_checkpoints
 from hostler.host.volume_work import VolumeWork
 from hostler.host.volumes import Volumes
 from hostler.identity.certificates import HostIdentity
@@ -162,6 +162,7 @@ def build_application(parts: Parts) -> Application:
     migrations = MigrationService(host, peers)
     incoming = IncomingService(host, roster, peers, parts.migration_address, parts.hook)
     host.coming = incoming.coming
+    host.volumes.users.sources.append(of_checkpoints(host.checkpoints.all))
     vms = VmService(host, roster)
     imports = Imports(host, vms)
     backups = Backups(host, vms)
@@ -205,7 +206,7 @@ def _build_host(parts: Parts) -> Host:
     pools = Pools(PoolBook(parts.store), service, events, parts.paths.volumes, lambda: _paths_in_use(actors))
     places = Places(pools, service, lambda: _paths_in_use(actors))
     changes = VolumeChanges(parts.store, service, parts.image)
-    work = VolumeWork(Tools(changes, VolumeUsers(actors, claims, service), events), claims, jobs)
+    work = VolumeWork(Tools(changes, VolumeUsers(actors, claims, service), events), claims, jobs, pools, places)
     return Host(
         paths=parts.paths,
         facts=parts.facts,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from hostler.host.pools import Pools
 from hostler.model.disk import DiskSource, ImageFormat, SourceKind
 from hostler.model.errors import BadImage, HostLacks, InvalidInput, NoSpace, NotPermitted
+from hostler.model.image import Preallocation
 from hostler.model.pool import Health, Placement, PoolState
 from hostler.model.units import format_size
 from hostler.model.volume import Volume
@@ -69,12 +70,20 @@ class Places:
             identity=best.identity,
         )
 
-    async def make(self, pool: str, name: str, size: int, format: ImageFormat, needed: int = 0) -> Volume:
+    async def make(
+        self,
+        pool: str,
+        name: str,
+        size: int,
+        format: ImageFormat,
+        needed: int = 0,
+        preallocation: Preallocation = Preallocation.OFF,
+    ) -> Volume:
         """A new, empty volume in that pool; errors as `plan` and VolumeService.create. In a pool of LUNs or exports it
         is one that is there, raw, of at least `size`, with whatever it has in it."""
         place = await self.plan(pool, name, size, format, needed)
         if place.kind is SourceKind.VOLUME:
-            return await self._service.create(name, size, format, place.path, pool)
+            return await self._service.create(name, size, format, place.path, pool, preallocation)
         return await self._service.add(
             Volume(
                 name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 from hostler.host.actor import VmActor
+from hostler.model.checkpoint import Checkpoint
 from hostler.model.disk import Disk, DiskSource
 from hostler.model.errors import InUse
 from hostler.model.image import Dependent, UserKind
@@ -77,6 +78,22 @@ class VolumeUsers:
                 how = f"it is disk {claim.disk} of vm {claim.vm}, which is on its way here"
                 found.append(Dependent(kind=UserKind.VM, id=claim.vm, name=claim.vm, how=how))
         return found
+
+
+def of_checkpoints(every: Callable[[], Awaitable[Iterable[Checkpoint]]]) -> Source:
+    """The checkpoints that hold a volume as a layer."""
+
+    async def users(volume: Volume) -> list[Dependent]:
+        path = real_path(volume.path)
+        return [
+            Dependent(kind=UserKind.CHECKPOINT, id=point.id, name=point.name, how=f"checkpoint {point.name!r} holds it")
+            for point in await every()
+            if any(
+                layer.local and real_path(layer.path) == path for s in point.frozen().values() for layer in s.layers()
+            )
+        ]
+
+    return users
 
 
 def refusal(volume: Volume, users: Iterable[Dependent], advice: str) -> InUse:

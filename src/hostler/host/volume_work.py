@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from hostler.host.jobs import JobRunner
+from hostler.host.pool_places import Places
+from hostler.host.pools import Pools
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.volume_operations import VOLUME_OPERATIONS
 from hostler.host.volume_operations.base import Params, Tools, VolumeOperation
-from hostler.model.errors import HostlerError, WrongState
+from hostler.model.disk import ImageFormat, SourceKind
+from hostler.model.errors import AlreadyExists, HostlerError, InvalidInput, WrongState
 from hostler.model.image import ImageDetails
 from hostler.model.job import Job, StepState
-from hostler.model.names import new_id
+from hostler.model.names import check_name, new_id
+from hostler.model.pool import DEFAULT_POOL
 from hostler.model.volume import Volume, VolumeState
 from hostler.model.volume_requests import (
+    VolumeClone,
+    VolumeCompact,
+    VolumeConvert,
     VolumeGrow,
     VolumeShrink,
     VolumeValidate,
 )
+from hostler.storage.catalogue import real_target
 from hostler.storage.claims import ClaimBook, job_holder
+from hostler.storage.formats import SUFFIX
 
 Change = Callable[[Sequence[Step]], Sequence[Step]]
 
@@ -34,8 +45,10 @@ _ADVICE = {
 class VolumeWork:
     """The application functions that work on volumes no VM has open."""
 
-    def __init__(self, tools: Tools, claims: ClaimBook, jobs: JobRunner) -> None:
+    def __init__(self, tools: Tools, claims: ClaimBook, jobs: JobRunner, pools: Pools, places: Places) -> None:
         self.tools = tools
+        self._pools = pools
+        self._places = places
         self._claims = claims
         self._jobs = jobs
 
@@ -69,6 +82,44 @@ class VolumeWork:
         """Make it smaller, if nothing is lost by that."""
         return await self.begin("volume.shrink", ref, request.model_dump(mode="json"), by)
 
+    async def convert(self, ref: str, request: VolumeConvert, by: str) -> Job:
+        """Another format: as a new volume, or in its place."""
+        volume = await self.tools.changes.service.get(ref)
+        if request.name is not None:
+            where = await self._where(volume, request.name, request.format, request.path, request.pool)
+            return await self.begin("volume.convert", ref, where, by)
+        path = real_target(request.path or _ending(volume, request.format))
+        if path != volume.path and os.path.lexists(path):
+            raise AlreadyExists(f"file {path}", "exists already; files are never overwritten", "give another --to")
+        pool = await self._pools.pool_at(path)
+        place = pool.name if pool else ""
+        params: Params = {"path": path, "format": request.format, "size": volume.size, "pool": place}
+        return await self.begin("volume.replace", ref, params, by)
+
+    async def compact(self, ref: str, request: VolumeCompact, by: str) -> Job:
+        """Give back what its zeroes and unused parts take."""
+        return await self.begin("volume.compact", ref, {"in_place": request.in_place}, by)
+
+    async def clone(self, ref: str, request: VolumeClone, by: str) -> Job:
+        """A copy under another name."""
+        volume = await self.tools.changes.service.get(ref)
+        where = await self._where(volume, request.name, volume.format, request.path, request.pool)
+        return await self.begin("volume.clone", ref, where, by)
+
+    async def _where(
+        self, volume: Volume, name: str, format: ImageFormat, path: str | None, pool: str | None
+    ) -> Params:
+        """Where a new volume made from this one goes. InvalidInput for a pool of LUNs, NoSpace, NotFound."""
+        check_name("volume", name)
+        found = await self._pools.pool_at(path) if path is not None else None
+        place = found.name if found is not None else ""
+        if path is None:
+            plan = await self._places.plan(pool or DEFAULT_POOL, name, volume.size, format)
+            if plan.kind is not SourceKind.VOLUME:
+                raise InvalidInput(f"pool {plan.pool}", "has LUNs or exports, into which nothing is copied here")
+            path, place = plan.path, plan.pool
+        return {"name": name, "format": format, "path": path, "pool": place}
+
     async def begin(self, kind: str, ref: str, params: Params, by: str, change: Change = list) -> Job:
         """Take the volume and start the job. WrongState for a volume that is not ready; InUse, Busy while somebody has
         it; what the operation's own check raises. `change`: makes other steps of its steps (tests)."""
@@ -77,7 +128,7 @@ class VolumeWork:
         _require_ready(operation, seen)
         job_id = new_id()
         try:
-            await self._claims.hold(job_id, {seen.path: operation.writes}, seen.generation)
+            await self._claims.hold(job_id, _paths(operation, seen, params), seen.generation)
             # Only now nobody else changes it.
             volume = await self.tools.changes.service.get(seen.name)
             if volume.generation != seen.generation or volume.path != seen.path:
@@ -109,6 +160,9 @@ class VolumeWork:
         """Take up a job that a dead daemon left. What its last step had begun goes on; everything before that is
         undone."""
         operation = VOLUME_OPERATIONS[job.kind]
+        if operation.makes is not None:
+            await self._recover_making(job, operation)
+            return
         plan = self.plan(operation, job.params, job.id)
         last = job.steps[-1]
         begun = last.state not in (StepState.PENDING, StepState.UNDONE)
@@ -118,6 +172,20 @@ class VolumeWork:
             self._jobs.resume(plan, job, last.name)
         else:
             self._jobs.unwind(plan, job)
+
+    async def _recover_making(self, job: Job, operation: VolumeOperation) -> None:
+        """The storage service has tidied up at its own start: the new volume is there, whole, or nothing of it is."""
+        plan = self.plan(operation, job.params, job.id)
+        known = await self.tools.changes.service.list()
+        made = next((v for v in known if v.made_by == job.id and v.state is VolumeState.READY), None)
+        if made is None:
+            self._jobs.unwind(plan, job)
+            return
+
+        async def tell(context: JobContext) -> None:
+            context.result(made.to_json())
+
+        self._jobs.resume(replace(plan, steps=(Step("copy", tell),)), job, "copy")
 
     async def _end(self, plan: Plan, job: Job, operation: VolumeOperation) -> None:
         """It had let go of its volume: only its last word is missing. Its file may be somebody else's by now."""
@@ -138,6 +206,23 @@ class VolumeWork:
             return await self.tools.changes.is_done(volume)
         except HostlerError:
             return False
+
+
+def _paths(operation: VolumeOperation, volume: Volume, params: Params) -> dict[str, bool]:
+    """What the job works on, and whether it writes that."""
+    paths = {volume.path: operation.writes}
+    if operation.writes and "path" in params:
+        paths[str(params["path"])] = True
+    return paths
+
+
+def _ending(volume: Volume, format: ImageFormat) -> str:
+    """Its path with the usual ending of a format."""
+    if format is volume.format:
+        return volume.path
+    path = Path(volume.path)
+    stem = path.with_suffix("") if path.suffix == SUFFIX[volume.format] else path
+    return str(stem.with_name(stem.name + SUFFIX[format]))
 
 
 def _require_ready(operation: VolumeOperation, volume: Volume) -> None:

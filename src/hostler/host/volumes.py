@@ -19,7 +19,7 @@ from hostler.host.volume_work import VolumeWork
 from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import BadImage, InUse, InvalidInput, NotFound
-from hostler.model.image import ImageDetails, VolumeView
+from hostler.model.image import ImageDetails, Preallocation, VolumeView
 from hostler.model.job import Job, Progress
 from hostler.model.names import check_name, nearest
 from hostler.model.pool import DEFAULT_POOL, source_of
@@ -97,10 +97,13 @@ class Volumes:
         name, format = request.name, request.format
         if request.source is None:
             assert request.size is not None
+            taken = request.preallocate
             if request.path is None:
-                return await self._places.make(request.pool or DEFAULT_POOL, name, request.size, format)
+                needed = request.size if taken is Preallocation.FULL else 0
+                return await self._places.make(request.pool or DEFAULT_POOL, name, request.size, format, needed, taken)
             pool = await self._pools.pool_at(request.path)
-            return await self.service.create(name, request.size, format, request.path, pool.name if pool else "")
+            place = pool.name if pool else ""
+            return await self.service.create(name, request.size, format, request.path, place, taken)
         path, place = request.path, ""
         if path is None:
             check_name("volume", name)

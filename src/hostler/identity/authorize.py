@@ -87,6 +87,9 @@ TABLE: dict[str, Rule] = {
     "POST /v1/volumes/{volume}/validate": _P.CONFIGURE,
     "POST /v1/volumes/{volume}/grow": _P.CONFIGURE,
     "POST /v1/volumes/{volume}/shrink": _P.CONFIGURE,
+    "POST /v1/volumes/{volume}/convert": _P.CONFIGURE,
+    "POST /v1/volumes/{volume}/compact": _P.CONFIGURE,
+    "POST /v1/volumes/{volume}/clone": _P.CONFIGURE,
     # pools
     "GET /v1/pools": _P.VIEW,
     # Makes paths of the host, and addresses it can reach, known to the platform: more than configuring VMs.

@@ -11,6 +11,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from hostler.model.base import Input
 from hostler.model.disk import Bus, CacheMode, ImageFormat, Media
+from hostler.model.image import Preallocation
 from hostler.model.migration import MigrationMode
 from hostler.model.nic import BridgeName, Mac, Network
 from hostler.model.pool import PoolName
@@ -128,7 +129,8 @@ class MigrateRequest(Input):
 class VolumeCreate(Input):
     """A new volume. `pool`: in which pool (default: the pool `default`, the host's volume directory), or `path`: at
     which place; in a pool of LUNs the smallest free one of at least `size` is taken. `source`: absolute path of an
-    image to copy, converting to `format`; then `size` may be left out or larger than the source's."""
+    image to copy, converting to `format`; then `size` may be left out or larger than the source's. `preallocate`: take
+    space now (metadata: qcow2; full: raw, qcow2, vhd-fixed)."""
 
     name: Name
     size: int | None = Field(default=None, ge=512)
@@ -137,6 +139,13 @@ class VolumeCreate(Input):
     pool: PoolName | None = None
     source: Path | None = None
     source_format: ImageFormat | None = None
+    preallocate: Preallocation = Preallocation.OFF
+
+    @model_validator(mode="after")
+    def _preallocation(self) -> Self:
+        if self.source is not None and self.preallocate is not Preallocation.OFF:
+            raise ValueError("only an empty volume can take its space when it is made, not a copy of a 'source'")
+        return self
 
     @model_validator(mode="after")
     def _place(self) -> Self:

@@ -112,7 +112,9 @@ class VolumeChanges:
         row = await self._catalogue.find(volume.name)
         return row is not None and row.value.generation > volume.generation
 
-    async def record(self, volume: Volume, path: str | None = None, format: ImageFormat | None = None) -> Volume:
+    async def record(
+        self, volume: Volume, path: str | None = None, format: ImageFormat | None = None, pool: str | None = None
+    ) -> Volume:
         """Look at the changed file and record it as the next generation of `volume`, durably. Harmless when that is
         done. WrongState when somebody else has changed it, Busy when its new path is taken."""
         row = await self._catalogue.get(volume.name)
@@ -127,6 +129,7 @@ class VolumeChanges:
             format=format,
             size=seen.size,
             allocated=seen.allocated,
+            pool=volume.pool if pool is None else pool,
             generation=volume.generation + 1,
         )
         move = path != row.value.path

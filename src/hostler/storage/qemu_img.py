@@ -25,11 +25,13 @@ from hostler.model.errors import (
     BadImage,
     HostlerError,
     InUse,
+    InvalidInput,
     NoSpace,
     NotFound,
     NotPermitted,
     QemuFailed,
 )
+from hostler.model.image import Preallocation
 from hostler.storage import programs
 from hostler.storage.footer import SECTOR
 from hostler.storage.formats import QEMU_DRIVER
@@ -62,6 +64,9 @@ _OPTIONS: dict[ImageFormat, str] = {
     ImageFormat.VHDX: "subformat=dynamic",
     ImageFormat.QCOW2: "compat=1.1,lazy_refcounts=off",
 }
+_BLOCK = {ImageFormat.QCOW2: "cluster_size", ImageFormat.VHDX: "block_size"}
+_QUICKLY = ("-W", "-m", "16")
+"""Out of order, and more pieces at a time than qemu-img's own 8: the target is a new file, whose order nobody needs."""
 _PROGRESS = re.compile(r"\((\d+\.\d+)/100%\)")
 
 
@@ -78,6 +83,45 @@ class ImageInfo:
     actual_size: int
     backing: str | None
     corrupt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a new image lies in its file. `block`: bytes of a cluster or block (None: QEMU's choice); `bitmaps`: with the
+    dirty bitmaps of the qcow2 it is made from; `preallocation`: see `check_preallocation`."""
+
+    block: int | None = None
+    bitmaps: bool = False
+    preallocation: Preallocation = Preallocation.OFF
+
+    def options(self, format: ImageFormat) -> Sequence[str]:
+        """As qemu-img's -o takes them."""
+        found = []
+        if self.block is not None and format in _BLOCK:
+            found.append(f"{_BLOCK[format]}={self.block}")
+        if self.preallocation is Preallocation.METADATA:
+            found.append("preallocation=metadata")
+        elif self.preallocation is Preallocation.FULL and format is not ImageFormat.VHD_FIXED:
+            found.append("preallocation=falloc")
+        return found
+
+
+AS_USUAL = Layout()
+
+
+def check_preallocation(subject: str, format: ImageFormat, wanted: Preallocation) -> None:
+    """InvalidInput for a format that cannot take its space at once."""
+    able = {
+        Preallocation.OFF: frozenset(ImageFormat),
+        Preallocation.METADATA: frozenset({ImageFormat.QCOW2}),
+        Preallocation.FULL: frozenset({ImageFormat.RAW, ImageFormat.QCOW2, ImageFormat.VHD_FIXED}),
+    }[wanted]
+    if format not in able:
+        raise InvalidInput(
+            subject,
+            f"a {format} cannot take its {'tables' if wanted is Preallocation.METADATA else 'space'} when it is made",
+            f"formats that can: {', '.join(sorted(able))}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +194,10 @@ class QemuImg:
             )
         raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
 
-    async def create(self, path: str, format: ImageFormat, size: int) -> None:
+    async def create(self, path: str, format: ImageFormat, size: int, layout: Layout = AS_USUAL) -> None:
         """A new empty image. AlreadyExists if the name is taken, NoSpace, NotFound (the directory), NotPermitted."""
         async with new_file(path) as part:
-            await self._create(part, path, format, size)
+            await self._create(part, path, format, size, layout)
 
     async def convert(
         self,
@@ -163,12 +207,13 @@ class QemuImg:
         format: ImageFormat,
         size: int,
         on_progress: OnProgress | None = None,
+        layout: Layout = AS_USUAL,
     ) -> None:
         """A new image of `size` bytes with the content of `source` (which must not be larger). A backing file that it
         names, perhaps only since it was looked at, is not opened. Errors as `create`, and InUse when a running QEMU
         writes the source. Takes as long as it takes; cancelling removes the file."""
         named = [*_source(source, source_format), "--", _named(source, source_format)]
-        await self._convert(named, source, path, format, size, on_progress)
+        await self._convert(named, source, path, format, size, on_progress, layout)
 
     async def convert_vmdk(
         self,
@@ -218,12 +263,14 @@ class QemuImg:
         format: ImageFormat,
         size: int,
         on_progress: OnProgress | None,
+        layout: Layout = AS_USUAL,
     ) -> None:
         async with new_file(path) as part:
-            await self._create(part, path, format, size)
+            await self._create(part, path, format, size, layout)
             # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
-            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", "-O", QEMU_DRIVER[format], *named, part]
-            outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, teller(on_progress))
+            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", *_QUICKLY, "-O", QEMU_DRIVER[format]]
+            argv += ["--bitmaps"] if layout.bitmaps else []
+            outcome = await programs.run([*argv, *named, part], f"image {path}", None, COPY_BOUNDS, teller(on_progress))
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)
 
@@ -237,12 +284,15 @@ class QemuImg:
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent)
 
-    async def _create(self, part: str, path: str, format: ImageFormat, size: int) -> None:
-        options = ["-o", _OPTIONS[format]] if format in _OPTIONS else []
-        argv = [self._binary, "create", "-q", "-f", QEMU_DRIVER[format], *options, "--", part, str(size)]
-        outcome = await programs.run(argv, f"image {path}", QUICK)
+    async def _create(self, part: str, path: str, format: ImageFormat, size: int, layout: Layout = AS_USUAL) -> None:
+        options = [o for o in (_OPTIONS.get(format, ""), *layout.options(format)) if o]
+        argv = [self._binary, "create", "-q", "-f", QEMU_DRIVER[format]]
+        argv += ["-o", ",".join(options)] if options else []
+        outcome = await programs.run([*argv, "--", part, str(size)], f"image {path}", QUICK)
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent)
+        if layout.preallocation is Preallocation.FULL and format is ImageFormat.VHD_FIXED:
+            await whole(asyncio.to_thread(_fill_up, part, path), _nothing)
 
 
 @asynccontextmanager
@@ -284,6 +334,12 @@ def part_prefix(path: str) -> str:
     return str(final.with_name(_mark(final)))
 
 
+def part_of(path: str, token: str) -> str:
+    """A temporary name of `path` that is always the same for one `token` (letters and digits)."""
+    final = Path(path)
+    return str(final.with_name(_mark(final) + token + PART))
+
+
 def _mark(final: Path) -> str:
     """How temporary names of `final` begin. A digest, since the name itself may be as long as names can be."""
     return f".{hashlib.sha256(os.fsencode(final.name)).hexdigest()[:16]}."
@@ -302,23 +358,47 @@ def _reserve(path: str) -> str:
 
 
 def keep_file(part: str, path: str) -> None:
-    """Onto the disk, then to its own name; `part` may stay beside it. link(2) fails where the name is taken, rename(2)
-    would overwrite."""
+    """Onto the disk, then to its own name; `part` may stay beside it."""
     try:
         _sync(part)
-        try:
-            os.link(part, path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            # A file system without hard links (vfat, some FUSE): take the name exclusively, then put the file there.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            os.rename(part, path)
-        _sync(str(Path(path).parent))
+        take_name(part, path)
     except FileExistsError as error:
         raise _taken(path) from error
     except OSError as error:
         raise explain_os(f"image {path}", error, Path(path).parent) from error
+
+
+async def _nothing(_result: object) -> None:
+    """A file that was made full is removed by whoever made it."""
+
+
+def _fill_up(part: str, path: str) -> None:
+    """Take all the space of a file."""
+    fd = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, os.fstat(fd).st_size)
+    except OSError as error:
+        raise explain_os(f"image {path}", error, Path(path).parent) from error
+    finally:
+        os.close(fd)
+
+
+def take_name(part: str, path: str) -> None:
+    """Give a file its name, durably, unless it is taken; `part` may stay as a second one. FileExistsError, OSError.
+
+    link(2) fails where the name is taken, rename(2) would overwrite."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        if not os.path.samefile(part, path):
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # A file system without hard links (vfat, some FUSE): take the name exclusively, then put the file there.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.rename(part, path)
+    _sync(str(Path(path).parent))
 
 
 def _sync(path: str) -> None:

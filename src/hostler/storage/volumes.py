@@ -17,6 +17,7 @@ from pathlib import Path
 from hostler.model.base import utc_now
 from hostler.model.disk import ImageFormat, SourceKind
 from hostler.model.errors import BadImage, Busy, HostlerError, InvalidInput, NotFound, NotPermitted
+from hostler.model.image import Preallocation
 from hostler.model.limits import Limits
 from hostler.model.names import check_name
 from hostler.model.units import format_size
@@ -24,7 +25,7 @@ from hostler.model.volume import Volume, VolumeState
 from hostler.storage.catalogue import Catalogue, real_target
 from hostler.storage.claims import ClaimBook
 from hostler.storage.formats import SUFFIX, Shape, recognise
-from hostler.storage.qemu_img import LogPending, OnProgress, QemuImg, leftovers
+from hostler.storage.qemu_img import Layout, LogPending, OnProgress, QemuImg, check_preallocation, leftovers
 from hostler.storage.waiting import in_thread, whole
 from hostler.store.contract import CheckFailed, Delete, Put, Store, Transaction
 from hostler.store.table import Row
@@ -71,14 +72,16 @@ class VolumeService:
         format: ImageFormat = ImageFormat.QCOW2,
         path: str | None = None,
         pool: str = "",
+        preallocation: Preallocation = Preallocation.OFF,
     ) -> Volume:
         """A new empty volume of exactly `size` bytes, recorded as one of `pool`. InvalidInput, LimitExceeded,
         AlreadyExists, NoSpace, NotFound (the directory), NotPermitted; nothing is left of it on failure or
         cancellation."""
         target = self.check_new(name, size, format, path)
+        check_preallocation(f"volume {name}", format, preallocation)
         async with AsyncExitStack() as undo:
             row = await self._begin(undo, name, size, format, target, pool)
-            await self._image.create(target, format, size)
+            await self._image.create(target, format, size, Layout(preallocation=preallocation))
             undo.callback(_remove, target)
             return await self._complete(undo, row)
 

@@ -38,7 +38,7 @@ from hostler.model.migration import Blocker, IncomingRequest, IncomingStatus
 from hostler.model.units import GiB
 from hostler.model.views import HostView, OutgoingStatus, PeerIntroduction
 from hostler.storage.layer_images import LayerImages
-from hostler.storage.qemu_img import OnProgress, QemuImg, new_file
+from hostler.storage.qemu_img import AS_USUAL, Layout, OnProgress, QemuImg, new_file
 from hostler.store.sqlite import SqliteStore
 from hostler.testing.faults import Faults
 from hostler.testing.faulty_store import FaultyStore
@@ -71,7 +71,7 @@ def short_directory() -> Iterator[Path]:
 class PlainImages(QemuImg):
     """Makes raw images without a process."""
 
-    async def create(self, path: str, format: ImageFormat, size: int) -> None:
+    async def create(self, path: str, format: ImageFormat, size: int, layout: Layout = AS_USUAL) -> None:
         """A sparse file."""
         async with new_file(path) as part:
             os.truncate(part, size)
@@ -84,6 +84,7 @@ class PlainImages(QemuImg):
         format: ImageFormat,
         size: int,
         on_progress: OnProgress | None = None,
+        layout: Layout = AS_USUAL,
     ) -> None:
         """A copy of a raw image."""
         async with new_file(path) as part:

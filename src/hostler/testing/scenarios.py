@@ -123,7 +123,10 @@ class Scenario:
             plan = await _WITHOUT_VM[self.kind](node)
             return await node.application.jobs.start(_changed(plan, change), "test")
         if self.kind in VOLUME_OPERATIONS:
-            return await node.application.volume_work.begin(self.kind, "data", self.params, "test", change)
+            params = dict(self.params)
+            if "path" in params:
+                params["path"] = str(node.site.directory / str(params["path"]))
+            return await node.application.volume_work.begin(self.kind, "data", params, "test", change)
         host, actor = node.application.host, node.application.host.actor(VM)
         operation, params = _operation(node, self.kind), await self._params(node)
         steps = change(operation.steps(host, actor, params))
@@ -269,6 +272,7 @@ async def act(node: Node, action: str) -> None:
 
 MOVING = ("create", "copy", "switch", "clean-up")
 FIRST = "grow:before"
+_COPY: Params = {"name": "copy", "path": "copy.img", "format": "raw", "pool": ""}
 
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("vm.start", ("reserve", "prepare", "launch", "run"), forward_from="launch:after", insists=True),
@@ -358,6 +362,17 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("volume.create", ("create",)),
     Scenario("vm.export", ("write", "publish"), insists=True),
     Scenario("vm.import", ("verify", "volumes", "define"), insists=True),
+    Scenario(
+        "volume.replace",
+        ("copy", "switch"),
+        ("volume",),
+        {"path": "data.new", "format": "raw", "size": 4 * MiB, "pool": ""},
+        forward_from="switch:before",
+        insists=True,
+    ),
+    Scenario("volume.compact", ("change",), ("volume",), {}, forward_from="change:before", insists=True),
+    Scenario("volume.convert", ("copy",), ("volume",), _COPY),
+    Scenario("volume.clone", ("copy",), ("volume",), _COPY),
     Scenario("volume.checksum", ("read",), ("volume",), forward_from=NEVER),
     Scenario("volume.validate", ("check",), ("volume",), forward_from=NEVER),
     Scenario("volume.repair", ("check",), ("volume",), {"repair": True}, forward_from=NEVER),
@@ -455,6 +470,8 @@ async def _of_node(node: Node) -> dict[str, object]:
             for v in await node.application.volumes.list()
         ),
         "files": sorted(p.name for p in host.paths.volumes.glob("*")),
+        "volumes elsewhere": sorted(p.name for kind in ("copy*", "data*") for p in node.site.directory.glob(kind)),
+        "parts": sorted(p.name for p in node.site.directory.glob(".*.hostler-part")),
         "scratch": sorted(p.name for p in host.paths.state_dir.glob("scratch/*")),
         "run dirs": len(list((host.paths.run_dir / "vms").glob("*"))),
         "claims": len(await host.store.list("claim/")),

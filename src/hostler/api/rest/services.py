@@ -42,7 +42,14 @@ from hostler.model.views import (
 )
 from hostler.model.vm import VmRecord
 from hostler.model.volume import Volume
-from hostler.model.volume_requests import VolumeGrow, VolumeShrink, VolumeValidate
+from hostler.model.volume_requests import (
+    VolumeClone,
+    VolumeCompact,
+    VolumeConvert,
+    VolumeGrow,
+    VolumeShrink,
+    VolumeValidate,
+)
 
 
 class Vms(Protocol):
@@ -97,6 +104,9 @@ class VolumeWork(Protocol):
     async def validate(self, ref: str, request: VolumeValidate, by: str) -> Job: ...
     async def grow(self, ref: str, request: VolumeGrow, by: str) -> Job: ...
     async def shrink(self, ref: str, request: VolumeShrink, by: str) -> Job: ...
+    async def convert(self, ref: str, request: VolumeConvert, by: str) -> Job: ...
+    async def compact(self, ref: str, request: VolumeCompact, by: str) -> Job: ...
+    async def clone(self, ref: str, request: VolumeClone, by: str) -> Job: ...
 
 
 class Pools(Protocol):

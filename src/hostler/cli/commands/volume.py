@@ -11,11 +11,14 @@ from hostler.cli.waiting import run_job
 from hostler.client import calls
 
 NAMES = ("list", "show", "create", "import", "register", "delete")
-WORK = ("inspect", "validate", "checksum", "grow", "shrink")
+WORK = ("inspect", "validate", "checksum", "grow", "shrink", "convert", "compact", "clone")
 FORMAT = click.option("--format", type=click.Choice(parsing.FORMATS), help="Format of the volume [qcow2].")
 WHERE = click.option("--path", metavar="PATH", help="Where its file goes (default: into the pool).")
-POOL = click.option(
-    "--pool", metavar="POOL", shell_complete=completing.pool_names, help="Pool to make it in [default]."
+POOL = options.POOL
+PREALLOCATE = click.option(
+    "--preallocate",
+    type=click.Choice(["off", "metadata", "full"]),
+    help="Take space now: tables (qcow2), or all of it (raw, qcow2, vhd-fixed) [off].",
 )
 
 
@@ -55,17 +58,32 @@ def _with_users(found: views.Json) -> views.Facts:
 @FORMAT
 @WHERE
 @POOL
+@PREALLOCATE
 @options.WAIT
 @click.pass_obj
 def create_(
-    settings: Settings, name: str, size: int, format: str | None, path: str | None, pool: str | None, wait: bool
+    settings: Settings,
+    name: str,
+    size: int,
+    format: str | None,
+    path: str | None,
+    pool: str | None,
+    preallocate: str | None,
+    wait: bool,
 ) -> int:
     """Make an empty volume: hostler volume create data 20G --format vhdx"""
     from hostler.model.requests import VolumeCreate  # noqa: PLC0415 - pydantic only when it is needed
 
     place = path and parsing.absolute(path)
     request = parsing.request(
-        VolumeCreate, f"volume {name!r}", name=name, size=size, format=format, path=place, pool=pool
+        VolumeCreate,
+        f"volume {name!r}",
+        name=name,
+        size=size,
+        format=format,
+        path=place,
+        pool=pool,
+        preallocate=preallocate,
     )
     return run_job(settings, calls.volume_create(request), wait=wait, done=f"volume {name} is made")
 

@@ -98,3 +98,71 @@ def shrink_(
         return f"volume {volume} {'could have' if dry_run else 'has'} {format_size(size)}{'' if dry_run else ' now'}"
 
     return run_job(settings, calls.volume_act(volume, "shrink", request), wait=wait, done=done)
+
+
+@click.command("convert", cls=Command)
+@options.VOLUME
+@click.option("--format", type=click.Choice(parsing.FORMATS), required=True, help="The format it gets.")
+@click.option("--name", metavar="NAME", help="Make a new volume of that name; this one stays as it is.")
+@click.option("--replace", is_flag=True, help="In its own place: it keeps its name, and its old file goes.")
+@click.option("--to", "path", metavar="PATH", help="Where the new file goes.")
+@options.POOL
+@options.WAIT
+@click.pass_obj
+def convert_(
+    settings: Settings,
+    volume: str,
+    format: str,
+    name: str | None,
+    replace: bool,
+    path: str | None,
+    pool: str | None,
+    wait: bool,
+) -> int:
+    """Convert a volume to another format: into a new one (--name), or in its place (--replace)."""
+    from hostler.model.volume_requests import VolumeConvert  # noqa: PLC0415
+
+    request = parsing.request(
+        VolumeConvert,
+        f"volume {volume!r}",
+        format=format,
+        name=name,
+        replace=replace or None,
+        path=path and parsing.absolute(path),
+        pool=pool,
+    )
+    done = f"volume {volume} is a {format} now" if replace else f"volume {name} is made from {volume}"
+    return run_job(settings, calls.volume_act(volume, "convert", request), wait=wait, done=done)
+
+
+@click.command("compact", cls=Command)
+@options.VOLUME
+@click.option("--in-place", is_flag=True, help="Make holes in its file, which needs no space for a copy.")
+@options.WAIT
+@click.pass_obj
+def compact_(settings: Settings, volume: str, in_place: bool, wait: bool) -> int:
+    """Give back what zeroes and unused parts of a volume take. Trim, or fill with zeroes, inside the guest first."""
+    from hostler.model.volume_requests import VolumeCompact  # noqa: PLC0415
+
+    def done(job: Json) -> str:
+        return f"volume {volume} takes {format_size(job['result']['allocated'])} now"
+
+    request = VolumeCompact(in_place=in_place)
+    return run_job(settings, calls.volume_act(volume, "compact", request), wait=wait, done=done)
+
+
+@click.command("clone", cls=Command)
+@options.VOLUME
+@click.argument("name")
+@click.option("--path", metavar="PATH", help="Where its file goes.")
+@options.POOL
+@options.WAIT
+@click.pass_obj
+def clone_(settings: Settings, volume: str, name: str, path: str | None, pool: str | None, wait: bool) -> int:
+    """Copy a volume under a new name. Where the file system can, both share their blocks, and it takes a moment."""
+    from hostler.model.volume_requests import VolumeClone  # noqa: PLC0415
+
+    place = path and parsing.absolute(path)
+    request = parsing.request(VolumeClone, f"volume {volume!r}", name=name, path=place, pool=pool)
+    done = f"volume {name} is made from {volume}"
+    return run_job(settings, calls.volume_act(volume, "clone", request), wait=wait, done=done)

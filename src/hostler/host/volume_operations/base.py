@@ -7,6 +7,7 @@ finished, by this daemon or the next; anything before it is undone.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,9 +58,11 @@ class VolumeOperation:
 
 
 def shown(context: JobContext, text: str, first: float = 0.0, last: float = 1.0) -> OnProgress:
-    """Progress of a part of the job, from `first` to `last` of the whole."""
+    """Progress of a part of the job, from `first` to `last` of the whole; may be called from a thread."""
+    loop = asyncio.get_running_loop()
 
     def show(fraction: float) -> None:
-        context.progress(Progress(fraction=min(1.0, first + fraction * (last - first)), text=text))
+        progress = Progress(fraction=min(1.0, first + fraction * (last - first)), text=text)
+        loop.call_soon_threadsafe(context.progress, progress)
 
     return show

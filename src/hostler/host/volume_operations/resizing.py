@@ -10,12 +10,16 @@ from collections.abc import Sequence
 
 from hostler.host.steps import JobContext, Step
 from hostler.host.volume_operations.base import Params, Tools, VolumeOperation, shown
+from hostler.host.volume_operations.rewriting import rewritten
+from hostler.model.disk import ImageFormat
 from hostler.model.errors import InvalidInput
 from hostler.model.job import Progress
 from hostler.model.units import format_size
 from hostler.model.volume import Volume
 from hostler.storage.resizing import Obstacles, look_behind, resize
+from hostler.storage.vhdx_size import has_room
 from hostler.storage.volumes import check_size
+from hostler.storage.waiting import in_thread
 
 
 def _change(tools: Tools, volume: Volume, size: int) -> Step:
@@ -40,6 +44,8 @@ def _change(tools: Tools, volume: Volume, size: int) -> Step:
 
 
 def _grow(tools: Tools, volume: Volume, params: Params) -> Sequence[Step]:
+    if params.get("rewrite"):
+        return rewritten(tools, volume, {**params, "path": volume.path, "format": volume.format})
     return (_change(tools, volume, int(str(params["size"]))),)
 
 
@@ -71,6 +77,8 @@ async def _may_grow(tools: Tools, volume: Volume, params: Params) -> None:
             f"is not more than the {volume.size} bytes volume {volume.name} has",
             "give a larger size; 'hostler volume shrink' makes it smaller",
         )
+    if volume.format is ImageFormat.VHDX:
+        params["rewrite"] = not await in_thread(f"image {volume.path}", lambda: has_room(volume.path, size))
 
 
 async def _may_shrink(tools: Tools, volume: Volume, params: Params) -> None:

@@ -8,7 +8,14 @@ from hostler.api.rest.routes.waiting import JOB_ANSWERS, Answer
 from hostler.api.rest.state import App, By
 from hostler.model.image import ImageDetails
 from hostler.model.job import Job
-from hostler.model.volume_requests import VolumeGrow, VolumeShrink, VolumeValidate
+from hostler.model.volume_requests import (
+    VolumeClone,
+    VolumeCompact,
+    VolumeConvert,
+    VolumeGrow,
+    VolumeShrink,
+    VolumeValidate,
+)
 
 router = noun_router("volume")
 
@@ -41,3 +48,21 @@ async def grow_volume(volume: VolumeRef, request: VolumeGrow, app: App, by: By, 
 async def shrink_volume(volume: VolumeRef, request: VolumeShrink, app: App, by: By, answer: Answer) -> Job:
     """Make it smaller, in place, where nothing is lost by that."""
     return await answer.answer(await app.volume_work.shrink(volume, request, by))
+
+
+@router.post("/volumes/{volume}/convert", responses=JOB_ANSWERS)
+async def convert_volume(volume: VolumeRef, request: VolumeConvert, app: App, by: By, answer: Answer) -> Job:
+    """Another format, as a new volume or in its place."""
+    return await answer.answer(await app.volume_work.convert(volume, request, by))
+
+
+@router.post("/volumes/{volume}/compact", responses=JOB_ANSWERS)
+async def compact_volume(volume: VolumeRef, request: VolumeCompact, app: App, by: By, answer: Answer) -> Job:
+    """Give back what its zeroes and unused parts take."""
+    return await answer.answer(await app.volume_work.compact(volume, request, by))
+
+
+@router.post("/volumes/{volume}/clone", responses=JOB_ANSWERS)
+async def clone_volume(volume: VolumeRef, request: VolumeClone, app: App, by: By, answer: Answer) -> Job:
+    """A copy under another name."""
+    return await answer.answer(await app.volume_work.clone(volume, request, by))
