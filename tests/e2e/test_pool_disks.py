@@ -37,6 +37,7 @@ class Place:
     server: NbdServer
     directory: Path
     key: str
+    other: User
     vm_id: str = ""
 
     def files(self) -> dict[str, Path]:
@@ -60,8 +61,9 @@ def place(short_dir: Path) -> Iterator[Place]:
         target.add(SIZE)
         server.add("data", SIZE)
         server.start()
-        user = User(lab.add_host("h"))
-        made = Place(user, target, server, short_dir, (client / "client-key.pem").read_text())
+        user, other = User(lab.add_host("h")), User(lab.add_host("i"))
+        lab.join(user.host, other.host)
+        made = Place(user, target, server, short_dir, (client / "client-key.pem").read_text(), other)
         chap = ("--chap-user", CHAP[0], "--chap-secret-file", str(secret))
         [found] = user("pool", "discover", target.portals[0])
         user("pool", "create", "san", "--iscsi", found["target"], "--portal", target.portals[0], *chap)
@@ -173,6 +175,30 @@ def test_a_disk_of_a_storage_system_is_taken_away_and_given_again(place: Place) 
         return await guest.verify("EXPORT", 21, LENGTH)
 
     assert converse(place.user.host, place.vm_id, read).bad_sectors == 0
+
+
+def test_a_vm_moves_where_the_same_storage_is_known(place: Place) -> None:
+    """Blocked as long as the other host has not the pools, or finds something else in them; then nothing is lost."""
+    secret, client = place.directory / "secret", place.directory / "ca" / "client"
+    assert write_and_read(place, "LUN", 31).bad_sectors == 0
+    problem = place.user.refused(ErrorCode.BLOCKED, 4, "vm", "move", "guest", "i")
+    blockers = problem["details"]["blockers"]
+    assert {b["kind"] for b in blockers} == {"volume-not-shared"} and len(blockers) == 2, blockers
+    assert all("pool" in b["text"] and "pool" in b["advice"] for b in blockers)
+    chap = ("--chap-user", CHAP[0], "--chap-secret-file", str(secret))
+    place.other("pool", "create", "san", "--iscsi", place.target.name, "--portal", place.target.portals[0], *chap)
+    place.other("pool", "create", "far", "--nbd", place.server.portal, "--tls", str(client))
+    place.user("vm", "move", "guest", "i")
+    assert place.other("vm", "show", "guest")["state"] == "running"
+
+    async def read(guest: GuestSerial) -> list[RangeVerdict]:
+        await guest.write("EXPORT", 32, LENGTH)
+        return [await guest.verify("LUN", 31, LENGTH), await guest.verify("EXPORT", 32, LENGTH)]
+
+    assert all(v.bad_sectors == 0 for v in converse(place.other.host, place.vm_id, read))
+    assert not list((place.user.host.run_dir / "vms").glob("*/pool-*"))
+    place.other("vm", "move", "guest", "h")
+    assert write_and_read(place, "EXPORT", 33).bad_sectors == 0
 
 
 def test_a_wrong_secret_and_another_lun_are_told_clearly(place: Place, tmp_path: Path) -> None:

@@ -221,3 +221,16 @@ async def test_a_target_whose_profile_allows_less(site: Site) -> None:
     assert a.application.vms.get("web").state is VmState.RUNNING
     with pytest.raises(Blocked, match="runs on that host already"):
         await a.application.migrations.migrate("web", MigrateRequest(host="a"), "test")
+
+
+def test_a_network_disk_needs_the_same_storage_there_and_takes_no_reservations_along() -> None:
+    lun = DiskSource(kind=SourceKind.ISCSI, path="iscsi://h:3260/iqn.x:y/1", size=4096, pool="san", identity="naa.6")
+    plain = request(config(disks=(Disk(id="lun", source=lun),)))
+    assert blockers_at_target(plain, seen()) == [], "there is no file to compare"
+    unreached = {lun.path: HostLacks("pool san", "there is no such pool on this host")}
+    [blocker] = blockers_at_target(plain, seen(unreached=unreached))
+    assert blocker.kind is K.VOLUME_NOT_SHARED
+    assert "pool san" in blocker.text and "'san'" in blocker.advice
+    reserving = request(config(disks=(Disk(id="lun", source=lun, reservations=True),)))
+    [blocker] = blockers_at_target(reserving, seen())
+    assert blocker.kind is K.PASS_THROUGH and "reservations" in blocker.text

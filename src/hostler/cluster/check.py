@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hostler.model.disk import SourceKind
+from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.model.errors import HostlerError
 from hostler.model.host import Accelerator, HostFacts
 from hostler.model.migration import Blocker, BlockerKind, IncomingRequest, MigrationMode, MigrationSettings
@@ -25,7 +25,8 @@ NEEDED = frozenset({"events", "return-path", "late-block-activate"})
 class TargetView:
     """What a target finds at itself. `inodes`: path to inode number of the files that exist here (of boot files only
     those everybody may read); `admission`: the refusal of its own admission check; `present`: a VM of this id is here;
-    `claimed`: paths that another VM holds here, with its name."""
+    `claimed`: paths that another VM holds here, with its name; `unreached`: paths of network disks that cannot be
+    used from here, with the refusal."""
 
     facts: HostFacts
     inodes: dict[str, int] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class TargetView:
     names: frozenset[str] = frozenset()
     users: dict[int, str] = field(default_factory=dict)
     claimed: dict[str, str] = field(default_factory=dict)
+    unreached: dict[str, HostlerError] = field(default_factory=dict)
     incoming: frozenset[str] = frozenset()
     present: bool = False
     admission: HostlerError | None = None
@@ -159,12 +161,32 @@ def _disks(request: IncomingRequest, view: TargetView) -> Iterable[Blocker]:
                 text=f"disk {disk.id}: {path} {found} on {view.facts.name}",
                 advice="put the volume on storage that both hosts mount at the same path",
             )
+        elif layer.networked:
+            yield from _network_disk(disk, layer, view)
         if path in view.claimed:
             yield Blocker(
                 kind=BlockerKind.VOLUME_BUSY,
                 text=f"disk {disk.id}: {path} is in use there by VM {view.claimed[path]!r}",
                 advice="stop that VM or detach its disk",
             )
+
+
+def _network_disk(disk: Disk, layer: DiskSource, view: TargetView) -> Iterable[Blocker]:
+    """No file to compare: the target has a pool of the same name, and finds in it what was recorded."""
+    error = view.unreached.get(layer.path)
+    if error is not None:
+        yield Blocker(
+            kind=BlockerKind.VOLUME_NOT_SHARED,
+            text=f"disk {disk.id}: {layer.path} cannot be used on {view.facts.name}: {error.object}: {error.cause}",
+            advice=f"make a pool named {layer.pool!r} of the same storage there, or see why it does not answer",
+        )
+    if disk.reservations:
+        # A registration belongs to the session it was made in (SPC-4, 5.12), and the target has another one.
+        yield Blocker(
+            kind=BlockerKind.PASS_THROUGH,
+            text=f"disk {disk.id} has persistent reservations, which stay with this host's session",
+            advice="shut the VM down and start it there",
+        )
 
 
 def _files(request: IncomingRequest, view: TargetView) -> Iterable[Blocker]:

@@ -34,6 +34,7 @@ async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]
         names=frozenset([r.name for r in others] + [c.name for c in coming]),
         users={c.run_as: c.name for c in [*(r.config for r in others), *coming] if c.run_as is not None},
         claimed=await _claimed(host, config),
+        unreached=await _unreached(host, config),
         incoming=frozenset(r.id for r in pending if r.config.id == config.id),
         admission=_admission(host, config),
         present=config.id in host.actors,
@@ -53,10 +54,21 @@ async def _claimed(host: Host, config: VmConfig) -> dict[str, str]:
     """Paths of its disks that other VMs hold here in a way that excludes it, each with the holder's name."""
     found: dict[str, str] = {}
     for disk, layer in [(d, s) for d in config.disks for s in d.source.layers() if s.kind is not SourceKind.EMPTY]:
-        for claim in await host.claims.on(layer.path):
+        for claim in await host.claims.on(layer.path, layer.identity):
             if claim.vm != config.id and (claim.write or (disk.writes and layer is disk.source)):
                 holder = host.actors.get(claim.vm)
                 found[layer.path] = holder.record.name if holder else claim.vm
+    return found
+
+
+async def _unreached(host: Host, config: VmConfig) -> dict[str, HostlerError]:
+    """Its network disks that this host cannot open, or where it finds something else."""
+    found: dict[str, HostlerError] = {}
+    for disk, layer in [(d, s) for d in config.disks for s in d.source.layers() if s.networked]:
+        try:
+            await host.places.verify(layer, f"disk {disk.id}")
+        except HostlerError as error:
+            found[layer.path] = error
     return found
 
 
