@@ -203,7 +203,9 @@ def _build_host(parts: Parts) -> Host:
     actors: dict[str, VmActor] = {}
     claims = ClaimBook(parts.store, lambda vm_id: actors[vm_id].record.name if vm_id in actors else vm_id)
     service = VolumeService(parts.store, parts.paths.volumes, limits, claims, parts.image)
-    pools = Pools(PoolBook(parts.store), service, events, parts.paths.volumes, lambda: _paths_in_use(actors))
+    pools = Pools(
+        PoolBook(parts.store), service, events, parts.paths.volumes, parts.facts.id, lambda: _paths_in_use(actors)
+    )
     places = Places(pools, service, lambda: _paths_in_use(actors))
     changes = VolumeChanges(parts.store, service, parts.image)
     work = VolumeWork(Tools(changes, VolumeUsers(actors, claims, service), events), claims, jobs, pools, places)

@@ -44,6 +44,9 @@ from hostler.store.table import Row
 
 log = structlog.get_logger()
 
+INITIATORS = "iqn.2008-11.org.linux-kvm:"
+"""What the names of hosts as initiators begin with: the name space of QEMU's own default name (block/iscsi.c)."""
+
 Paths = Callable[[], Iterable[str]]
 
 
@@ -51,12 +54,13 @@ class Pools:
     """The application functions about pools. `in_use`: the paths that disks of this host's VMs name."""
 
     def __init__(
-        self, book: PoolBook, service: VolumeService, events: EventHub, directory: Path, in_use: Paths
+        self, book: PoolBook, service: VolumeService, events: EventHub, directory: Path, host_id: str, in_use: Paths
     ) -> None:
         self._book = book
         self._service = service
         self._events = events
         self._directory = directory
+        self._host_id = host_id
         self._in_use = in_use
         self._drivers: dict[str, tuple[Pool, PoolSecrets, PoolDriver]] = {}
         self._seen: dict[str, PoolView] = {}
@@ -178,7 +182,7 @@ class Pools:
             mount=mount,
             portals=request.portals,
             target=request.target or "",
-            initiator=request.initiator or "",
+            initiator=request.initiator or (f"{INITIATORS}{self._host_id}" if request.target else ""),
             chap_user=request.chap_user or "",
             exports=request.exports,
             tls=request.tls is not None,

@@ -111,8 +111,8 @@ def grant(path: str, uid: int, write: bool) -> None:
     """Let `uid` read (and write) one file or block device, whatever else its list says. Harmless when repeated; a later
     grant replaces an earlier one. The owner needs no entry and gets none.
 
-    HostLacks where the file system keeps no access control lists (and the file's mode does not let the user in
-    anyway), NotFound, NotPermitted where the file is not ours.
+    HostLacks where the file system keeps no access control lists or is read-only (and the file's mode does not let the
+    user in anyway), NotFound, NotPermitted where the file is not ours.
     """
     wanted = READ | (WRITE if write else 0)
     try:
@@ -123,7 +123,7 @@ def grant(path: str, uid: int, write: bool) -> None:
         try:
             _write(path, with_user(acl, uid, wanted))
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP or wanted & ~permissions_of(acl, status, uid):
+            if error.errno not in (errno.EOPNOTSUPP, errno.EROFS) or wanted & ~permissions_of(acl, status, uid):
                 raise
     except OSError as error:
         raise explain(path, error) from error

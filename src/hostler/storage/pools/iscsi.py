@@ -31,7 +31,7 @@ from hostler.storage.pools.iscsi_wire import Login, Refused, Session, session
 from hostler.storage.waiting import within
 
 DEFAULT_INITIATOR = "iqn.2008-11.org.linux-kvm:hostler"
-"""In the name space that QEMU's own default name is in (block/iscsi.c)."""
+"""For discovery, which asks for no particular name; pools have their host's own."""
 
 
 class IscsiPool:
