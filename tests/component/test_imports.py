@@ -23,6 +23,7 @@ from hostler.model.transfer import ImportRequest
 from hostler.model.units import MiB
 from hostler.storage.qemu_img import QemuImg
 from hostler.testing import hyperv_export as made
+from hostler.testing import hyperv_vhd
 from hostler.testing.exported import exported_folder
 from hostler.testing.hyperv_export import Adapter, Drive, Machine
 from hostler.testing.inprocess import Node, Site, short_directory
@@ -348,3 +349,89 @@ async def test_our_own_folder_comes_back_as_it_was(node: Node, tmp_path: Path) -
     (folder / "manifest.sha256").unlink()
     with pytest.raises(InvalidInput, match=r"no manifest\.sha256"):
         await look(node, folder)
+
+
+# chains
+
+SECTOR = 512
+
+
+def sectors(pattern: int, first: int, count: int) -> dict[int, bytes]:
+    return {number: bytes([pattern]) * SECTOR for number in range(first, first + count)}
+
+
+def chained(folder: Path) -> Path:
+    """The export of a VM with one snapshot: the base has 1s in its first two ranges, the present state 2s in the second
+    and third."""
+    now = Machine(name="chained", ide={(0, 0): Drive("D:\\VM\\Snapshots\\boot_A1B2.avhd")}, nics=())
+    hyper_v(folder, now)
+    (folder / "Snapshots").mkdir()
+    before = Machine(name="clean", ide={(0, 0): Drive("D:\\VM\\Virtual Hard Disks\\boot.vhd")}, nics=())
+    (folder / "Snapshots" / "5A5A.xml").write_bytes(made.xml(before))
+    base = folder / "Virtual Hard Disks" / "boot.vhd"
+    id = hyperv_vhd.dynamic(base, SIZE, {**sectors(1, 2048, 8), **sectors(1, 4096, 8)})
+    top = folder / "Snapshots" / "boot_A1B2.avhd"
+    changed = {**sectors(2, 4096, 8), **sectors(2, 8192, 8)}
+    names = {b"W2ru": "..\\Virtual Hard Disks\\boot.vhd", b"W2ku": "D:\\VM\\Virtual Hard Disks\\boot.vhd"}
+    hyperv_vhd.differencing(top, SIZE, changed, (id, base), names=names)
+    return folder
+
+
+async def test_a_chain_becomes_one_disk(node: Node, tmp_path: Path) -> None:
+    folder = chained(tmp_path / "chained")
+    report = await look(node, folder)
+    assert report.possible, report.remarks
+    disk = report.disks[0]
+    assert (disk.fate, disk.size) == (DiskFate.FLATTEN, SIZE)
+    assert disk.chain == (str(folder / "Virtual Hard Disks" / "boot.vhd"),)
+    assert [s.name for s in report.machine.snapshots] == ["clean"]
+    job = await imported(node, folder, format="vhdx")
+    assert job.state is JobState.DONE, job.error
+    path = node.application.vms.get("chained").config.disks[0].source.path
+    for pattern, where in ((1, "1M 4k"), (2, "2M 4k"), (2, "4M 4k"), (0, "5M 4k")):
+        assert images.verified(path, ImageFormat.VHDX, pattern, where)
+    assert await node.application.host.store.list("claim/") == []
+    assert files(node) == ["chained.vhdx"]
+    job = await imported(node, folder, checkpoint="clean", name="before", in_place=True)
+    assert job.state is JobState.DONE, job.error
+    before = node.application.vms.get("before").config.disks[0].source
+    assert before.path == str(folder / "Virtual Hard Disks" / "boot.vhd")
+    assert images.verified(before.path, ImageFormat.VHD, 1, "2M 4k")
+
+
+async def test_a_chain_that_is_broken_is_in_the_way(node: Node, tmp_path: Path) -> None:
+    folder = chained(tmp_path / "c")
+    base = folder / "Virtual Hard Disks" / "boot.vhd"
+    hyperv_vhd.dynamic(base, SIZE, sectors(1, 0, 1))  # another disk of the same name
+    report = await look(node, folder)
+    blockers = [r.text for r in report.remarks if r.kind is RemarkKind.BLOCKER]
+    assert len(blockers) == 1
+    assert "another image" in blockers[0]
+    base.unlink()
+    with pytest.raises(Blocked, match="which is not in"):
+        await imported(node, folder)
+    await nothing_is_left(node)
+
+
+async def test_a_chain_that_breaks_meanwhile_leaves_nothing(node: Node, tmp_path: Path) -> None:
+    folder = chained(tmp_path / "c")
+    hang = node.faults.hang("vm.import/volumes:before")
+    job = await node.application.imports.run(ImportRequest(path=str(folder)), "test")
+    await hang.reached.wait()
+    (folder / "Virtual Hard Disks" / "boot.vhd").unlink()
+    hang.release.set()
+    ended = await node.finish(job)
+    assert ended.state is JobState.FAILED
+    await nothing_is_left(node)
+    assert await node.application.host.store.list("claim/") == []
+
+
+async def test_a_vhdx_that_was_not_closed_is_read_with_its_log(node: Node, tmp_path: Path) -> None:
+    path = image(tmp_path / "open.vhdx", "vhdx", 8)
+    images.leave_log(path)
+    report = await look(node, path)
+    assert report.disks[0].fate is DiskFate.FLATTEN
+    job = await imported(node, path)
+    assert job.state is JobState.DONE, job.error
+    made_of = node.application.vms.get("open").config.disks[0].source.path
+    assert images.verified(made_of, ImageFormat.QCOW2, 8, "1M 64k")

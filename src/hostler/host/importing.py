@@ -32,10 +32,13 @@ from hostler.model.names import new_id
 from hostler.model.requests import DiskAdd, VmCreate
 from hostler.model.transfer import ImportRequest
 from hostler.model.vm import VmConfig
+from hostler.model.volume import Volume
 from hostler.removal import remove_tree
+from hostler.storage.chains.whole import flatten_whole
 from hostler.storage.digest import digest_of
 from hostler.storage.formats import SUFFIX
 from hostler.storage.qemu_img import OnProgress, QemuImg
+from hostler.storage.volumes import SECTOR
 from hostler.storage.waiting import interruptible
 
 KIND = "vm.import"
@@ -107,6 +110,7 @@ def _params(found: Survey, request: ImportRequest) -> dict[str, JsonValue]:
         "config": found.config.to_json() if found.config else None,
         "directory": request.directory,
         "keep_id": request.keep_id,
+        "search": [*found.found.directories, *request.search],
         "state": found.state,
     }
     return params
@@ -169,6 +173,8 @@ class _Import:
         target = disk.target_format or ImageFormat.QCOW2
         if disk.fate is DiskFate.REGISTER:
             volume = await service.register(disk.volume, disk.path, disk.format, job_id)
+        elif disk.fate is DiskFate.FLATTEN:
+            volume = await self._flatten(disk, target, job_id, show)
         elif disk.source_format == "vmdk":
             source, at, length = disk.path, disk.offset, disk.length
             size = disk.size
@@ -184,6 +190,23 @@ class _Import:
                 disk.volume, disk.path, target, None, self._file(disk, target), disk.format, show, made_by=job_id
             )
         self._host.events.publish("volume", volume.name, volume)
+
+    async def _flatten(self, disk: ImportDisk, target: ImageFormat, job_id: str, show: OnProgress) -> Volume:
+        """Its files are held, so that no VM writes one of them meanwhile."""
+        source, search = str(disk.path), [str(place) for place in self._params["search"]]
+        size = disk.size + -disk.size % SECTOR
+
+        async def fill(path: str, _images: QemuImg) -> None:
+            await flatten_whole(source, path, target, size, search, show)
+
+        await self._host.claims.hold(job_id, dict.fromkeys((source, *disk.chain), False))
+        try:
+            service = self._host.volumes.service
+            return await service.create_filled(
+                disk.volume, size, target, fill, self._file(disk, target), made_by=job_id
+            )
+        finally:
+            await self._host.claims.let_go(job_id)
 
     def _file(self, disk: ImportDisk, format: ImageFormat) -> str | None:
         directory = self._params["directory"]
@@ -201,6 +224,7 @@ class _Import:
         """Remove the volumes of this job, unless the VM that has them is there."""
         if self.is_defined():
             return
+        await self._host.claims.let_go(context.job.id)
         await asyncio.to_thread(remove_tree, self._host.paths.vm_state(self._vm_id))
         for disk in reversed([disk for disk in self._disks if disk.volume]):
             if await self._mine(disk, context) is not None:

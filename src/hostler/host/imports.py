@@ -18,6 +18,7 @@ from hostler.foreign.own import STATE_FILES
 from hostler.host.configure import check_config, new_config
 from hostler.host.context import Host
 from hostler.host.import_state import state_files
+from hostler.model.chain import ChainRequest
 from hostler.model.disk import Bus, ImageFormat, Media
 from hostler.model.errors import AlreadyExists, BadImage, HostlerError, InvalidInput, NotFound
 from hostler.model.foreign import (
@@ -229,7 +230,7 @@ async def _find_image(
         seen = await in_thread(f"image {path}", lambda: inspect_vmdk(path))
         length = await in_thread(f"image {path}", lambda: os.stat(path).st_size)
         return _of_vmdk(shown, seen.size, length, request)
-    return await _of_image(host, shown, disk, path, request)
+    return await _of_image(host, made, shown, disk, path, request)
 
 
 def _head(path: str) -> bytes:
@@ -252,17 +253,60 @@ def _of_vmdk(shown: ImportDisk, size: int, length: int, request: ImportRequest) 
     )
 
 
-async def _of_image(host: Host, shown: ImportDisk, disk: ForeignDisk, path: str, request: ImportRequest) -> ImportDisk:
+async def _of_image(
+    host: Host, made: Survey, shown: ImportDisk, disk: ForeignDisk, path: str, request: ImportRequest
+) -> ImportDisk:
     declared = disk.format if disk.format is ImageFormat.RAW else ImageFormat.RAW if request.raw else None
-    seen = await host.volumes.service.look(path, None if declared is ImageFormat.RAW else disk.format)
+    try:
+        seen = await host.volumes.service.look(path, None if declared is ImageFormat.RAW else disk.format)
+    except BadImage as error:
+        if not error.details.get("differencing"):
+            raise
+        return await _of_chain(host, made, shown, path, request)
     if seen.format is ImageFormat.RAW and declared is None:
         raise InvalidInput(f"image {path}", "has no header of a known image format", "if it is a raw image, say --raw")
     shown = shown.but(format=seen.format, source_format=str(seen.format), size=seen.size, allocated=seen.allocated)
     if request.in_place:
         await _require_unknown(host, path)
         return shown.but(fate=DiskFate.REGISTER, target_format=seen.format)
+    if seen.format is ImageFormat.VHDX and await _has_log(host, path):
+        made.add(RemarkKind.CHANGED, f"disk {shown.place}", "was not closed properly; its log is replayed for the copy")
+        return await _of_chain(host, made, shown, path, request)
     kept = seen.format if made_by_us(disk) else ImageFormat.QCOW2
     return shown.but(fate=DiskFate.COPY, target_format=request.format or kept)
+
+
+async def _of_chain(host: Host, made: Survey, shown: ImportDisk, path: str, request: ImportRequest) -> ImportDisk:
+    """A differencing image (.avhd, .avhdx): with its parents it becomes one new image."""
+    search = (*made.found.directories, *request.search)
+    chain = await host.volumes.chains.survey(ChainRequest(path=path, search=search))
+    bad = next((image for image in chain.images if not image.is_sound), None)
+    if bad is not None:
+        raise BadImage(f"image {bad.path}", f"{base_name(bad.path)} {bad.problem}", bad.advice)
+    for image in chain.images:
+        for warning in image.warnings:
+            made.add(RemarkKind.CHANGED, f"image {base_name(image.path)}", warning)
+    if request.in_place:
+        made.add(
+            RemarkKind.CHANGED,
+            f"disk {shown.place}",
+            f"is a chain of {len(chain.images)} images, which cannot be written in place; it becomes a new volume",
+        )
+    top = chain.images[0]
+    return shown.but(
+        fate=DiskFate.FLATTEN,
+        source_format=f"{top.format} chain of {len(chain.images)}" if len(chain.images) > 1 else top.format,
+        size=top.size,
+        allocated=sum(image.allocated for image in chain.images),
+        chain=tuple(image.path for image in chain.images[1:]),
+        target_format=request.format or ImageFormat.QCOW2,
+    )
+
+
+async def _has_log(host: Host, path: str) -> bool:
+    """Whether a VHDX was not closed by its last user: QEMU does not read it, our own reader does."""
+    chain = await host.volumes.chains.survey(ChainRequest(path=path))
+    return chain.sound and chain.images[0].log_pending
 
 
 async def _require_unknown(host: Host, path: str) -> None:
