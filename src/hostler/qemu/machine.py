@@ -16,7 +16,7 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-from hostler.model.disk import Disk
+from hostler.model.disk import Disk, SourceKind
 from hostler.model.errors import HostlerError, QemuFailed, TimedOut, WrongState
 from hostler.model.host import AcceleratorChoice, QemuFacts
 from hostler.model.machine import LaunchSpec, MachineEvent, MigrationResult, RunStatus
@@ -278,7 +278,7 @@ async def _unplug_cables(qmp: QmpSession, config: VmConfig) -> None:
 async def _limit_disks(qmp: QmpSession, config: VmConfig) -> None:
     """Limits belong to QEMU's back end: neither a command line nor a migration stream brings them."""
     for disk in config.disks:
-        if not disk.limits.unlimited:
+        if not disk.limits.unlimited and disk.source.kind is not SourceKind.EMPTY:
             await drives.limit(qmp, disk.id, disk.limits)
 
 
