@@ -137,3 +137,40 @@ def test_read_only_ide_hard_disk_is_refused_with_a_way_out() -> None:
     with pytest.raises(InvalidInput) as caught:
         blockdev.device_options(disk(bus=Bus.IDE, read_only=True))
     assert "SCSI" in caught.value.advice
+
+
+def test_a_disk_with_reservations_is_the_device_itself() -> None:
+    source = DiskSource(kind=SourceKind.DEVICE, path="/dev/sdb", size=SIZE)
+    options = blockdev.device_options(disk(source=source, reservations=True, unit=4, serial="x", boot_index=2))
+    assert options == {
+        "driver": "scsi-block",
+        "id": "disk-root",
+        "bus": "scsi0.0",
+        "channel": 0,
+        "scsi-id": 0,
+        "lun": 4,
+        "drive": "root",
+        "bootindex": 2,
+        "werror": "stop",
+        "rerror": "stop",
+    }
+
+
+@given(IDS, st.from_regex(r"\A[a-z0-9]{1,8}\Z"), st.from_regex(r"\A[a-z0-9-]{1,30}\Z"))
+def test_names_of_later_layers_and_jobs(name: str, token: str, job: str) -> None:
+    one = disk(id=name, source=DiskSource(path="/srv/b", format=ImageFormat.QCOW2, node=token))
+    layer, file = blockdev.layer_nodes(one, one.source)
+    filter_ = blockdev.job_node(one, job)
+    assert len({layer, file, filter_, name, f"{name}.file"}) == 5
+    assert all(len(node) <= blockdev.NODE_NAME_MAX for node in (layer, file, filter_))
+    assert blockdev.is_layer_of(name, layer)
+    assert blockdev.is_job_of(name, filter_)
+    assert not any(blockdev.is_layer_of(name, node) for node in (file, filter_))
+    assert not any(blockdev.is_job_of(name, node) for node in (layer, file, name))
+
+
+@given(IDS, IDS, st.from_regex(r"\A[a-z0-9]{1,8}\Z"))
+def test_layers_of_two_disks_never_meet(one: str, other: str, token: str) -> None:
+    if one != other:
+        layer = blockdev.layer_node(disk(id=other), DiskSource(path="/srv/b", node=token))
+        assert not blockdev.is_layer_of(one, layer)

@@ -119,3 +119,85 @@ async def test_one_client_at_a_time(path: str) -> None:
     async with running(agent, path) as ours:
         await asyncio.gather(*(ours.ping() for _ in range(5)))
     assert agent.calls == ["guest-sync-delimited", "guest-ping"] * 5
+
+
+class Freezing(Agent):
+    """An agent with file systems. `slow`: it answers a freeze only when somebody asks for the thaw; `stuck`: how many
+    thaws it refuses."""
+
+    def __init__(self, slow: bool = False, stuck: int = 0) -> None:
+        super().__init__()
+        self.slow = slow
+        self.stuck = stuck
+        self.frozen = False
+
+    def answer(self, request: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        name = str(request["execute"])
+        if name == "guest-fsfreeze-freeze":
+            self.calls.append(name)
+            self.frozen = True
+            if not self.slow:
+                writer.write(b'{"return": 3}\n')
+        elif name == "guest-fsfreeze-thaw":
+            self.calls.append(name)
+            self.stuck -= 1
+            if self.stuck >= 0:
+                writer.write(b'{"error": {"class": "GenericError", "desc": "busy"}}\n')
+            else:
+                self.frozen = False
+                writer.write(b'{"return": 3}\n')
+        else:
+            super().answer(request, writer)
+
+
+async def test_frozen_and_thawed(path: str) -> None:
+    agent = Freezing()
+    async with running(agent, path) as ours:
+        assert await ours.freeze(5) == 3
+        assert agent.frozen
+        for _ in range(2):
+            await ours.thaw()
+        assert not agent.frozen
+
+
+async def test_a_freeze_that_takes_too_long_is_thawed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "_THAW_PAUSE", 0)
+    agent = Freezing(slow=True, stuck=2)
+    async with running(agent, path) as ours:
+        with pytest.raises(GuestRefused, match=r"0\.05 s"):
+            await ours.freeze(0.05)
+        assert not agent.frozen
+    assert agent.calls.count("guest-fsfreeze-thaw") == 3
+
+
+async def test_a_freeze_that_is_cancelled_is_thawed(path: str) -> None:
+    agent = Freezing(slow=True)
+    async with running(agent, path) as ours:
+        task = asyncio.create_task(ours.freeze(60))
+        async with asyncio.timeout(30):
+            while not agent.frozen:  # noqa: ASYNC110 - a flag
+                await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not agent.frozen
+
+
+async def test_a_guest_that_stays_frozen_is_told(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "_THAW_PAUSE", 0)
+    monkeypatch.setattr(guest_agent, "THAW_DEADLINE", 0.05)
+    async with running(Freezing(stuck=10**6), path) as ours:
+        await ours.freeze(5)
+        with pytest.raises(GuestRefused, match="may still be frozen"):
+            await ours.thaw()
+
+
+async def test_thawing_is_harmless_without_an_agent_or_qemu(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest_agent, "DEADLINE", 0.05)
+    await GuestAgent(path, "vm a").thaw()
+    agent = Agent(mute=True)
+    async with running(agent, path) as ours:
+        await ours.thaw()
+        with pytest.raises(GuestRefused):
+            await ours.freeze(5)
+    assert "guest-fsfreeze-freeze" not in agent.calls

@@ -4,7 +4,8 @@ real one, `hostler.testing.simulated_blocks` a simulated one; the same contract 
 Layers are named by `Disk.layer_name` and the sources of the model; job ids are chosen by the caller, letters, digits
 and dashes, and survive a restart of the daemon. Errors and deadlines as for `hostler.host.hypervisor.Machine`: every
 method may be called again after its outcome was unknown. One work on a disk at a time: a second is refused as Busy,
-also while an ended job of it is not forgotten.
+also while an ended job of it is not forgotten. A disk with `reservations` takes none of this (InvalidInput): its guest
+talks to the device itself, and QEMU does not see what it writes.
 
 A job that has ended stays in QEMU until `forget`: a daemon that was away learns how it ended. Nothing switches a disk
 to another image by itself: `finish` does, and whoever calls it has stopped the guest before and records the outcome
@@ -59,7 +60,9 @@ class Blocks(Protocol):
     async def commit(self, job: str, disk: Disk, top: DiskSource, base: DiskSource, speed: int = 0) -> None:
         """Begin to merge the layers from `top` down to `base` (without) into `base`. When `top` is the disk's top layer
         the job becomes ready and keeps up, and `finish` makes `base` the top layer; otherwise it ends by itself and the
-        layer above `top` builds on `base` from then on. Harmless when that job exists."""
+        layer above `top` builds on `base` from then on. QEMU writes to `base` and, in the second case, to the layer
+        above `top`: it must have the right to. InvalidInput when `base` is smaller and cannot grow. Harmless when that
+        job exists."""
 
     async def stream(self, job: str, disk: Disk, base: DiskSource | None = None, speed: int = 0) -> None:
         """Begin to copy everything below the top layer, down to `base` (without; None: everything), into the top layer.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from hostler.model.disk import Disk, DiskSource, ImageFormat
-from hostler.model.errors import NotFound, QemuFailed
+from hostler.model.errors import InUse, NotFound, NotPermitted, QemuFailed
 from hostler.qemu import blockdev, layers
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
@@ -92,6 +92,8 @@ def _kept(layer: DiskSource) -> bool:
 
 async def add(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str) -> None:
     """See `Blocks.add_bitmaps`. What is left of one that is known no more goes first."""
+    for disk in disks:
+        layers.check_seen(disk)
     nodes = await block.block_nodes(qmp)
     new = [disk for disk in disks if name not in _whole(disk, nodes)]
     await drop(qmp, aio, new, name)
@@ -100,13 +102,19 @@ async def add(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str) -> No
 
 
 async def drop(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str, *, but_the_top_one: bool = False) -> None:
-    """See `Blocks.drop_bitmaps`. Lower layers are opened for writing meanwhile, where the image holds it."""
+    """See `Blocks.drop_bitmaps`. Lower layers are opened for writing meanwhile, where the image holds it; in one that
+    may not be written to it stays, and makes the next bitmap of this name mark too much, never too little."""
     nodes = await block.block_nodes(qmp)
     for disk in disks:
         for layer in list(disk.source.layers())[1 if but_the_top_one else 0 :]:
             node = blockdev.layer_node(disk, layer)
-            if _find(nodes.get(node), name) is not None:
+            if _find(nodes.get(node), name) is None:
+                continue
+            try:
                 await _remove(qmp, aio, disk, layer, name)
+            except (InUse, NotPermitted, NotFound):
+                if layer is disk.source:
+                    raise
 
 
 async def _remove(qmp: QmpSession, aio: Aio, disk: Disk, layer: DiskSource, name: str) -> None:

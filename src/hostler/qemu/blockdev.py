@@ -188,6 +188,8 @@ def device_options(disk: Disk) -> Options:
             "an IDE hard disk cannot be read-only",
             "put it on a SCSI controller, or let it be written",
         )
+    if disk.reservations:
+        return _passed_through(disk)
     place = _scsi_place(disk) if disk.bus is Bus.SCSI else _ide_place(disk)
     kind = f"{'scsi' if disk.bus is Bus.SCSI else 'ide'}-{'cd' if cdrom else 'hd'}"
     options: Options = {"driver": kind, "id": device_id(disk), **place}
@@ -200,6 +202,15 @@ def device_options(disk: Disk) -> Options:
     if disk.boot_index is not None:
         options["bootindex"] = disk.boot_index
     return options | ({} if cdrom else _hard_disk(disk))
+
+
+def _passed_through(disk: Disk) -> Options:
+    """The device itself: its commands, its names, its reservations. What the guest writes does not pass QEMU's block
+    layer: no job, no bitmap and no limit sees it."""
+    place = {key: value for key, value in _scsi_place(disk).items() if key != "device_id"}
+    boot = {} if disk.boot_index is None else {"bootindex": disk.boot_index}
+    errors: Options = {"werror": "stop", "rerror": "stop"}
+    return {"driver": "scsi-block", "id": device_id(disk), **place, "drive": node_name(disk), **boot, **errors}
 
 
 def _hard_disk(disk: Disk) -> Options:

@@ -68,6 +68,7 @@ async def mirror(
     then): the target reads as zeroes already."""
     if await find(qmp, job) is not None:
         return
+    layers.check_seen(disk)
     copy = _written(disk, target)
     node = blockdev.blockdev_options(copy, export, aio)
     if disk.source.base.exported and disk.discard:
@@ -171,6 +172,8 @@ async def backup(
     there = await block.query_jobs(qmp)
     if all(job in there for job in jobs.values()):
         return
+    for disk in disks:
+        layers.check_seen(disk)
     if fresh is not None and fresh != bitmap:
         await bitmaps.drop(qmp, aio, disks, fresh)
     copies = {disk.id: _written(disk, targets[disk.id]) for disk in disks}

@@ -38,6 +38,10 @@ _MOST_ANSWERS: Final = 100
 """Stale answers that are skipped while synchronising."""
 
 
+class _Gone(GuestRefused):
+    """Nobody listens at the socket: not even QEMU."""
+
+
 class GuestAgent:
     """The agent of one VM, behind QEMU's socket `path`. One call at a time: QEMU lets in one client."""
 
@@ -64,40 +68,37 @@ class GuestAgent:
 
     async def freeze(self, deadline: float) -> int:
         """Flush and freeze the guest's file systems, within `deadline` seconds; how many. GuestRefused when no agent
-        answers or when it refuses; then, and when this is cancelled, they are thawed again. What was frozen by an
-        earlier call stays so."""
+        answers or when it refuses; then, and when this is cancelled, they are thawed again."""
+        asked = False
         try:
             async with self._session() as (reader, writer):
+                asked = True
                 frozen = await self._call(reader, writer, {"execute": "guest-fsfreeze-freeze"}, deadline)
         except BaseException:
-            await asyncio.shield(self._thaw_quietly())
+            if asked:
+                await asyncio.shield(self._thaw_quietly())
             raise
         return frozen if isinstance(frozen, int) else 0
 
     async def thaw(self) -> None:
-        """Thaw them. Tried again for THAW_DEADLINE seconds where the agent answers at all, or did before: a guest that
-        is frozen cannot go on. GuestRefused when they stay frozen; harmless when they are not, or without an agent."""
-        end = asyncio.get_running_loop().time() + THAW_DEADLINE
-        answers = self._answered
+        """Thaw them. Tried for THAW_DEADLINE seconds where the agent answers, or ever did: a guest that is frozen
+        cannot go on. GuestRefused when that fails; harmless when nothing is frozen, without an agent, without QEMU."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + THAW_DEADLINE
         while True:
             try:
-                await self._thaw_once()
+                async with self._session() as (reader, writer):
+                    await self._call(reader, writer, {"execute": "guest-fsfreeze-thaw"}, THAW_ANSWER)
+                return
+            except _Gone:
                 return
             except GuestRefused as error:
-                answers = answers or self._answered
-                if not answers:
+                if not self._answered:
                     return
-                if asyncio.get_running_loop().time() > end:
-                    raise GuestRefused(
-                        self._name,
-                        f"its file systems stay frozen: {error.cause}",
-                        "reset the VM if it does not go on by itself",
-                    ) from error
+                if clock() > end:
+                    cause = f"its file systems may still be frozen: {error.cause}"
+                    raise GuestRefused(self._name, cause, "reset the VM if it does not go on by itself") from error
             await asyncio.sleep(_THAW_PAUSE)
-
-    async def _thaw_once(self) -> None:
-        async with self._session() as (reader, writer):
-            await self._call(reader, writer, {"execute": "guest-fsfreeze-thaw"}, THAW_ANSWER)
 
     async def _thaw_quietly(self) -> None:
         with suppress(GuestRefused):
@@ -118,6 +119,8 @@ class GuestAgent:
         try:
             async with asyncio.timeout(DEADLINE):
                 return await asyncio.open_unix_connection(sock=connect_to(self._path), limit=_LIMIT)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise _Gone(self._name, "its QEMU is gone") from error
         except OSError as error:  # TimeoutError is one
             raise self._nobody() from error
 
@@ -149,7 +152,7 @@ class GuestAgent:
                 await writer.drain()
                 answer = _parse(await reader.readuntil(b"\n"))
         except (OSError, EOFError, asyncio.LimitOverrunError) as error:
-            raise self._nobody() from error
+            raise self._nobody(deadline) from error
         self._refuse_if_error(answer)
         return answer.get("return")
 
@@ -158,11 +161,11 @@ class GuestAgent:
         if isinstance(error, dict):
             raise GuestRefused(self._name, f"its guest agent refused: {str(error.get('desc', ''))[:200]}")
 
-    def _nobody(self) -> GuestRefused:
+    def _nobody(self, deadline: float = DEADLINE) -> GuestRefused:
         return GuestRefused(
             self._name,
-            f"no guest agent answered within {DEADLINE:g} s",
-            "install qemu-guest-agent in the guest, or shut down by ACPI",
+            f"no guest agent answered within {deadline:g} s",
+            "install qemu-guest-agent in the guest, or do without it",
         )
 
 

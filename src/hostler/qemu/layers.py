@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from hostler.model.disk import Disk, DiskSource
-from hostler.model.errors import Busy, HostlerError, QemuFailed, WrongState
+from hostler.model.errors import Busy, HostlerError, InvalidInput, QemuFailed, WrongState
 from hostler.qemu import blockdev, commands
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
@@ -45,6 +45,7 @@ async def push(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], bitmaps: Mappin
     have = await chains(qmp)
     new = [disk for disk in disks if blockdev.node_name(disk) not in have.get(disk.id, ())]
     for disk in new:
+        check_seen(disk)
         _check_below(disk, have)
     added: list[str] = []
     try:
@@ -64,6 +65,16 @@ async def push(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], bitmaps: Mappin
             # So that its bitmaps are written down, and all lower layers are alike; it is only read either way.
             with suppress(HostlerError):
                 await reopen(qmp, aio, disk, below, writes=False)
+
+
+def check_seen(disk: Disk) -> None:
+    """InvalidInput for a disk whose guest talks to the device itself."""
+    if disk.reservations:
+        raise InvalidInput(
+            f"disk {disk.id}",
+            "its guest talks to the device itself, so that QEMU does not see what it writes",
+            "attach it without persistent reservations for that",
+        )
 
 
 def _check_below(disk: Disk, have: Mapping[str, Sequence[str]]) -> None:

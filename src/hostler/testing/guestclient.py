@@ -141,6 +141,11 @@ class DiskCalls:
         """Let the held disk go."""
         await self.link.request("release")
 
+    async def reserve(self, disk: str, key: int) -> None:
+        """Take a persistent reservation, so that nobody else writes; key 0 gives it up. GuestRefused where the disk has
+        none."""
+        await self.link.request("reserve", disk, key)
+
     async def write(self, disk: str, seed: int, size: int, offset: int = 0, deadline: float = 60.0) -> None:
         """Fill `size` bytes at `offset` (multiples of 512) of a disk (name or serial number) and flush it."""
         await self.link.request("write", disk, seed, size, offset, deadline=deadline)

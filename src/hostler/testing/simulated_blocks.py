@@ -27,6 +27,7 @@ from hostler.model.pool import Connection
 from hostler.qemu import blockdev
 from hostler.qemu.blockjobs import can_grow, check_commit
 from hostler.qemu.failures import image_error
+from hostler.qemu.layers import check_seen
 from hostler.testing.faults import Faults
 from hostler.testing.simulated_moments import SimulatedMoments
 from hostler.testing.simulated_world import SimulatedJob, SimulatedQemu
@@ -73,6 +74,8 @@ class SimulatedBlocks:
     async def push(self, disks: Sequence[Disk], bitmaps: Mapping[str, Sequence[str]] = {}) -> None:
         """New top layers."""
         await _enter(self, "push")
+        for disk in disks:
+            check_seen(disk)
         new = [disk for disk in disks if blockdev.node_name(disk) not in _nodes(_disk(self._qemu, disk))]
         for disk in new:
             below = disk.source.backing
@@ -95,6 +98,7 @@ class SimulatedBlocks:
         await _enter(self, "mirror")
         if job in self._qemu.jobs:
             return
+        check_seen(disk)
         if export is None:
             _look_for(disk, target)
         _begin(self._qemu, job, "mirror", disk, _Switch(self._qemu, disk.id, lambda _old: target), ready=True)
@@ -145,6 +149,7 @@ class SimulatedBlocks:
         if all(job in self._qemu.jobs for job in jobs.values()):
             return
         for disk in disks:
+            check_seen(disk)
             _refuse_if_busy(self._qemu, disk)
             _look_for(disk, targets[disk.id])
             if bitmap is not None and bitmap not in _whole(self._qemu, disk):
@@ -257,6 +262,7 @@ class SimulatedBlocks:
         """Begin to note changes."""
         await _enter(self, "add_bitmaps")
         for disk in disks:
+            check_seen(disk)
             if name not in _whole(self._qemu, disk):
                 _forget_bitmap(self._qemu, disk, name)
                 self._qemu.bitmaps.setdefault(blockdev.node_name(disk), set()).add(name)

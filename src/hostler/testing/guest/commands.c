@@ -38,6 +38,7 @@ static const struct command commands[] = {
     {"mem", 0, 0, false, cmd_mem},
     {"look", 1, 1, false, cmd_look},
     {"disks", 0, 0, false, cmd_disks},
+    {"reserve", 2, 2, false, cmd_reserve},
     {"hold", 1, 1, false, cmd_hold},
     {"release", 0, 0, false, cmd_release},
     {"write", 3, 4, true, cmd_write},

@@ -52,6 +52,7 @@ bool disk_find(const char *wanted, char *name, size_t size);
 int disk_open(const struct request *request, const char *wanted, int flags, uint64_t *bytes);
 void disks_watch(void);
 void cmd_disks(const struct request *request);
+void cmd_reserve(const struct request *request);
 void cmd_hold(const struct request *request);
 void cmd_release(const struct request *request);
 
