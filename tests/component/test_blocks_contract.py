@@ -6,11 +6,12 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 
+import images
 import pytest
 
 from hostler.host.hypervisor import Hypervisor, Machine
 from hostler.model.blockjob import BlockJobState
-from hostler.model.disk import Disk, DiskSource, ImageFormat
+from hostler.model.disk import Bus, Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
 from hostler.model.errors import Busy, Cancelled, InUse, InvalidInput, NotFound, QemuFailed, WrongState
 from hostler.qemu import blockdev
 from hostler.testing.machines import Rig
@@ -393,3 +394,90 @@ async def test_a_backup_is_begun_for_all_or_none(host: Host) -> None:
         await machine.blocks.backup(jobs, (one, two), targets)
     assert [await machine.blocks.job(job) for job in jobs.values()] == [None, None]
     await machine.blocks.push([await host.on_top(one)])
+
+
+@pytest.mark.parametrize("media", [Media.CDROM, Media.FLOPPY])
+async def test_media(host: Host, media: Media) -> None:
+    empty = DiskSource(kind=SourceKind.EMPTY, path="")
+    drive = Disk(id="drive", source=empty, bus=Bus.IDE if media is Media.CDROM else Bus.FLOPPY, media=media)
+    machine = await host.start(drive)
+    first, second = [await host.rig.image(f"{n}.img", size=1440 * 1024) for n in ("a", "b")]
+    change = machine.blocks.change_medium
+    for source in (first, first, second, second.but(node="x"), first):
+        await change(drive.but(source=source))
+        assert await machine.blocks.layers() == {"drive": nodes(drive.but(source=source))}
+    with pytest.raises(NotFound):
+        await change(drive.but(source=DiskSource(path="/none/x")))
+    assert await machine.blocks.layers() == {"drive": nodes(drive.but(source=first))}
+    machine = await host.adopt(machine)
+    for _ in range(2):
+        await machine.blocks.change_medium(drive.but(source=empty))
+    assert (await machine.blocks.layers()).get("drive", ()) == ()
+    other = await host.start(Disk(id="b", source=first), place="b")  # it is closed
+    await other.quit()
+    with pytest.raises(NotFound):
+        await machine.blocks.change_medium(drive.but(id="none", source=first))
+
+
+async def test_limits_from_the_start_and_later(host: Host) -> None:
+    limits = IoLimits(iops=100, iops_burst=200, bandwidth_read=1024**2)
+    first, second = await host.disk(), await host.disk(unit=1, name="other")
+    machine = await host.start(first.but(limits=limits))
+    await machine.attach_disk(second.but(limits=limits))
+    for change in (IoLimits(bandwidth=1024**2, bandwidth_burst=1024**3), IoLimits(iops_write=5), IoLimits()):
+        await machine.blocks.limit("data", change)
+    with pytest.raises(NotFound):
+        await machine.blocks.limit("none", limits)
+
+
+async def test_growing(host: Host) -> None:
+    for format, grows in ((QCOW2, True), (ImageFormat.RAW, True), (ImageFormat.VHD_FIXED, False)):
+        disk = Disk(id="data", source=await host.source(format))
+        machine = await host.start(disk)
+        if grows:
+            for _ in range(2):
+                await machine.blocks.resize(disk, 2 * disk.source.size)
+        else:
+            with pytest.raises(InvalidInput):
+                await machine.blocks.resize(disk, 2 * disk.source.size)
+        await machine.quit()
+
+
+async def begin(machine: Machine, host: Host, kind: str, disk: Disk) -> None:
+    chain = list(disk.source.layers())
+    if kind == "commit below":
+        await machine.blocks.commit("work", disk, chain[1], chain[2], speed=1)
+    elif kind == "stream":
+        await machine.blocks.stream("work", disk, speed=1)
+    else:
+        targets = {"data": await host.source()}
+        await machine.blocks.backup({"data": "work"}, [disk], targets, fresh="day", speed=1)
+
+
+@pytest.mark.parametrize("kind", ["commit below", "stream", "backup"])
+async def test_work_given_up_and_done_again(host: Host, kind: str) -> None:
+    disk = await host.disk(3)
+    for number, layer in enumerate(disk.source.layers()):
+        await asyncio.to_thread(images.qemu_io, layer.path, layer.format, f"write -P 5 {number}M 1M")
+    machine = await host.start(disk)
+    await begin(machine, host, kind, disk)
+    with pytest.raises(Busy):
+        await machine.detach_disk("data", WAIT)
+    machine = await host.adopt(machine)
+    for _ in range(2):
+        await machine.blocks.cancel("work")
+    with pytest.raises(Cancelled):
+        await machine.blocks.watch("work")
+    assert await machine.blocks.bitmaps(disk) in ({}, {"day": 0})
+    await machine.blocks.forget("work")
+    assert await machine.blocks.layers() == {"data": nodes(disk)}
+    await begin(machine, host, kind, disk)
+    await machine.blocks.speed("work", 0)
+    for _ in range(2):
+        assert (await machine.blocks.watch("work")).state is BlockJobState.DONE
+    found = await machine.blocks.job("work")
+    assert found is not None
+    assert (found.state, found.fraction) == (BlockJobState.DONE, 1.0)
+    await machine.attach_disk(await host.disk(unit=3, name="other"))
+    await machine.blocks.forget("work")
+    await machine.detach_disk("data", WAIT)

@@ -7,11 +7,11 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from writing_guest import WAIT, Guest, run, until, writing_guest
+from writing_guest import SEED, SPAN, WAIT, Guest, run, until, writing_guest
 
 from hostler.host.resources import base_of
 from hostler.model.disk import Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
-from hostler.model.errors import GuestRefused, InvalidInput, NotFound
+from hostler.model.errors import GuestRefused, InvalidInput, NotFound, NotPermitted
 from hostler.model.machine import MigrationEnd, RunStatus
 from hostler.model.migration import MigrationSettings
 from hostler.model.units import MiB
@@ -247,3 +247,22 @@ async def move(guest: Guest) -> None:
     await guest.exports.stop_all(here)
     guest.machine, guest.spec = target, guest.spec.but(run_dir=there)
     guest.serial.move_to(f"{there}/serial.sock")
+
+
+@pytest.mark.parametrize("guest", [ImageFormat.VHD], indirect=True)
+async def test_a_merge_into_what_was_served_for_reading_only(guest: Guest) -> None:
+    """After a restart the base below another layer is only read; its export is started anew for the merge."""
+    await guest.push()
+    await guest.serial.pattern_stop()
+    await guest.machine.quit()
+    await guest.exports.stop_all(guest.spec.run_dir)
+    await guest.boot()
+    await guest.serial.pattern_start("data", SEED, SPAN)
+    chain = list(guest.disk.source.layers())
+    with pytest.raises(NotPermitted):
+        await guest.machine.blocks.commit("merge", guest.disk, chain[0], chain[1])
+    served = base_of(guest.disk)
+    await guest.exports.close_image(guest.spec.run_dir, served)
+    await guest.exports.open_image(guest.spec.run_dir, served.but(read_only=False))
+    await between(guest, lambda: guest.commit(0, 1))
+    assert (await guest.machine.blocks.layers())["data"] == ("data",)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hostler.model.disk import Bus, Disk, DiskSource, ImageFormat
+from hostler.model.disk import Bus, Disk, DiskSource, ImageFormat, IoLimits, Media
 from hostler.model.errors import (
     AlreadyExists,
     BadImage,
@@ -25,6 +25,7 @@ from hostler.model.errors import (
 )
 from hostler.model.machine import RunStatus
 from hostler.qemu import blockdev, commands, hotplug
+from hostler.qemu import commands_block as block
 from hostler.qemu.machine import QemuMachine
 from hostler.qemu.qmp import QmpSession
 from hostler.testing.machines import Rig
@@ -257,5 +258,27 @@ async def test_io_that_fails_stops_the_guest_and_names_the_disk(rig: Rig) -> Non
         assert await hotplug.io_failed(session) == {"data": "failed"}
         await hotplug.detach_disk(session, "data", WAIT)
         assert await hotplug.io_failed(session) == {}
+    finally:
+        await session.close()
+
+
+async def test_limits_hold_from_the_start_and_through_a_change_of_medium(rig: Rig) -> None:
+    limits = IoLimits(iops=100, iops_burst=200, bandwidth_read=1024**2)
+    iso = await rig.image("a.iso")
+    drive = Disk(id="cd", source=iso, unit=1, media=Media.CDROM, limits=limits)
+    machine = await rig.start(disks=((await rig.disk("first")).but(limits=limits), drive))
+    await machine.attach_disk((await rig.disk("second", unit=2)).but(limits=limits))
+    await machine.blocks.change_medium(drive.but(source=await rig.image("b.iso")))
+    session = await session_of(machine)
+    try:
+        found = {
+            block.device_of(str(device["qdev"])): device["inserted"]
+            for device in await session.execute("query-block")  # type: ignore[union-attr]
+            if isinstance(device, dict)
+        }
+        for disk in ("disk-first", "disk-second", "disk-cd"):
+            inserted = found[disk]
+            assert isinstance(inserted, dict)
+            assert (inserted["iops"], inserted["iops_max"], inserted["bps_rd"]) == (100, 200, 1024**2)
     finally:
         await session.close()

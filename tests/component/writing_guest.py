@@ -45,6 +45,7 @@ class Guest:
 
     async def boot(self) -> None:
         """Start it with the disk as it is now, and wait until it answers."""
+        await self._stack.aclose()
         self.machine = await self.rig.launch(await self.at(self.spec.run_dir))
         await self.machine.run()
         self.serial = await self._stack.enter_async_context(GuestSerial.unix(f"{self.spec.run_dir}/serial.sock"))

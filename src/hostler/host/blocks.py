@@ -7,9 +7,9 @@ method may be called again after its outcome was unknown. One work on a disk at 
 also while an ended job of it is not forgotten. A disk with `reservations` takes none of this (InvalidInput): its guest
 talks to the device itself, and QEMU does not see what it writes.
 
-A job that has ended stays in QEMU until `forget`: a daemon that was away learns how it ended. Nothing switches a disk
-to another image by itself: `finish` does, and whoever calls it has stopped the guest before and records the outcome
-before the guest goes on, so that at no moment the record names an image that is not the newest.
+A job that has ended stays in QEMU until `forget`: a daemon that was away learns how it ended (but for `stream`).
+Nothing switches a disk to another image by itself: `finish` does, and whoever calls it has stopped the guest before and
+records the outcome before the guest goes on, so that at no moment the record names an image that is not the newest.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Blocks(Protocol):
     async def mirror(self, job: str, disk: Disk, target: DiskSource, export: str | None = None, speed: int = 0) -> None:
         """Begin to copy the disk, whole, to `target` (an image of the same size, made already and reading as zeroes;
         its node token is new), and keep it up to date. `export`: the socket that serves the target's base. Bytes/s, 0:
-        unlimited. `finish` makes the target the disk, without any layer below it. Harmless when that job exists."""
+        unlimited. `finish` makes the target the disk, without any layer below it. Harmless when that job exists. A
+        dynamic VHD or VHDX grows to its full size, unless the disk is one layer of qcow2: QEMU writes zeroes into it
+        where the source has none."""
 
     async def commit(self, job: str, disk: Disk, top: DiskSource, base: DiskSource, speed: int = 0) -> None:
         """Begin to merge the layers from `top` down to `base` (without) into `base`. When `top` is the disk's top layer
@@ -66,7 +68,8 @@ class Blocks(Protocol):
 
     async def stream(self, job: str, disk: Disk, base: DiskSource | None = None, speed: int = 0) -> None:
         """Begin to copy everything below the top layer, down to `base` (without; None: everything), into the top layer.
-        It ends by itself. Harmless when that job exists."""
+        It ends while somebody watches it, and then only the session that watched knows how, until `forget`; `layers`
+        tells any other. Harmless when that job exists."""
 
     async def backup(
         self,

@@ -13,10 +13,10 @@ from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk, DiskSource, IoLimits
 from hostler.model.pool import Connection
 from hostler.qemu import bitmaps, blockjobs, commands, drives, layers, network_disks
-from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.fleecing import Fleecing
 from hostler.qemu.guest_agent import GuestAgent
+from hostler.qemu.jobfollow import BlockJobs
 from hostler.qemu.qmp import QmpSession
 
 OnBlockJob = Callable[[BlockJob], None]
@@ -30,6 +30,7 @@ class QemuBlocks:
         self._aio: Aio = aio
         self._agent = agent
         self._lock = asyncio.Lock()
+        self._jobs = BlockJobs(qmp)
         self.moments = Fleecing(qmp)
 
     async def layers(self) -> dict[str, tuple[str, ...]]:
@@ -57,17 +58,20 @@ class QemuBlocks:
     async def mirror(self, job: str, disk: Disk, target: DiskSource, export: str | None = None, speed: int = 0) -> None:
         """Begin to copy."""
         async with self._lock:
-            await blockjobs.mirror(self._qmp, self._aio, job, disk, target, export, speed)
+            if await self._jobs.find(job) is None:
+                await blockjobs.mirror(self._qmp, self._aio, job, disk, target, export, speed)
 
     async def commit(self, job: str, disk: Disk, top: DiskSource, base: DiskSource, speed: int = 0) -> None:
         """Begin to merge downwards."""
         async with self._lock:
-            await blockjobs.commit(self._qmp, self._aio, job, disk, top, base, speed)
+            if await self._jobs.find(job) is None:
+                await blockjobs.commit(self._qmp, self._aio, job, disk, top, base, speed)
 
     async def stream(self, job: str, disk: Disk, base: DiskSource | None = None, speed: int = 0) -> None:
         """Begin to merge upwards."""
         async with self._lock:
-            await blockjobs.stream(self._qmp, self._aio, job, disk, base, speed)
+            if await self._jobs.find(job) is None:
+                await blockjobs.stream(self._qmp, self._aio, job, disk, base, speed)
 
     async def backup(
         self,
@@ -81,32 +85,36 @@ class QemuBlocks:
     ) -> None:
         """Begin backups."""
         async with self._lock:
+            if all([await self._jobs.find(job) is not None for job in jobs.values()]):
+                return
             await blockjobs.backup(self._qmp, self._aio, jobs, disks, targets, bitmap, fresh, speed)
 
     async def job(self, job: str) -> BlockJob | None:
         """A job."""
-        return await blockjobs.find(self._qmp, job)
+        return await self._jobs.find(job)
 
     async def watch(self, job: str, on_progress: OnBlockJob | None = None, until_ready: bool = False) -> BlockJob:
         """Follow it."""
-        return await blockjobs.watch(self._qmp, job, on_progress, until_ready)
+        return await self._jobs.watch(job, on_progress, until_ready)
 
     async def speed(self, job: str, speed: int) -> None:
         """Limit it."""
-        await block.block_job_set_speed(self._qmp, job, speed)
+        await self._jobs.speed(job, speed)
 
     async def finish(self, job: str) -> None:
         """Let it switch."""
-        await blockjobs.finish(self._qmp, job)
+        await self._jobs.finish(job)
 
     async def cancel(self, job: str) -> None:
         """End it without."""
-        await blockjobs.cancel(self._qmp, job)
+        await self._jobs.cancel(job)
 
     async def forget(self, job: str) -> None:
         """Drop it."""
         async with self._lock:
-            await blockjobs.forget(self._qmp, job)
+            await self._jobs.forget(job)
+            await bitmaps.drop_working(self._qmp, job)
+            await layers.close_unused(self._qmp)
 
     async def close(self, disk_id: str, layer: str) -> None:
         """Close a layer."""

@@ -171,6 +171,12 @@ async def blockdev_reopen(qmp: QmpSession, options: Sequence[Options]) -> None:
     )
 
 
+async def read_a_sector(qmp: QmpSession, node: str) -> None:
+    """Read the first sector of a node; what it says, and whether it could be read, is nobody's business."""
+    command: Options = {"command-line": f'qemu-io {node} "read 0 512"'}
+    await qmp.execute("human-monitor-command", command, deadline=BLOCK_DEADLINE)
+
+
 async def blockdev_mirror(qmp: QmpSession, options: Options) -> None:
     """Begin to copy."""
     await qmp.execute("blockdev-mirror", options, deadline=BLOCK_DEADLINE)
@@ -206,6 +212,11 @@ async def query_jobs(qmp: QmpSession) -> dict[str, Job]:
 async def job_complete(qmp: QmpSession, job: str) -> None:
     """Let a ready job end with its switch."""
     await qmp.execute("job-complete", {"id": job}, deadline=BLOCK_DEADLINE)
+
+
+async def job_finalize(qmp: QmpSession, job: str) -> None:
+    """Let a pending job end."""
+    await qmp.execute("job-finalize", {"id": job}, deadline=BLOCK_DEADLINE)
 
 
 async def job_cancel(qmp: QmpSession, job: str) -> None:

@@ -43,6 +43,12 @@ _MEANINGS: Final = (
         "QEMU may not open {path}",
         "check the owner and the access rights of the file and its directories",
     ),
+    _meaning(
+        r"Can't reopen read-only NBD",
+        NotPermitted,
+        "the export of {path} is for reading only",
+        "serve it with the right to write",
+    ),
     _meaning(r"No space left", NoSpace, "no space is left for {path}", "free some space there"),
     _meaning(
         r"is not in \w+ format|invalid VPC|[Ii]nvalid argument|ignature|Is a directory|driver requires",

@@ -122,9 +122,13 @@ async def reopen(qmp: QmpSession, aio: Aio, disk: Disk, layer: DiskSource, write
         raise WrongState(f"disk {disk.id}", f"QEMU has not its layer {layer.path}", "read its layers back")
     if node.read_only != writes and (below is None or below.read_only != writes):
         return
+    export = _export_of(node)
+    if export is not None and writes:
+        # The export may have been started anew with the right to write; QEMU learns of it when it connects again.
+        await block.read_a_sector(qmp, node.name)
     refused: QemuFailed | None = None
     for way in (aio, *(other for other in AIOS if other != aio)):
-        options = blockdev.reopen_options(disk, layer, writes, _export_of(node), way)
+        options = blockdev.reopen_options(disk, layer, writes, export, way)
         try:
             await block.blockdev_reopen(qmp, options)
             return
