@@ -359,43 +359,6 @@ async def test_bitmaps_outlive_a_mirror(host: Host) -> None:
     assert list(await blocks.bitmaps(disk.but(source=target))) == ["day"]
 
 
-async def test_backups(host: Host) -> None:
-    one, two = await host.disk(2), await host.disk(unit=1, name="other")
-    machine = await host.start(one, two)
-    blocks, both, jobs = machine.blocks, (one, two), {"data": "copy-a", "other": "copy-b"}
-    targets = {disk.id: await host.source() for disk in both}
-    with pytest.raises(NotFound):
-        await blocks.backup(jobs, both, targets, bitmap="day")
-    for _ in range(2):
-        await blocks.backup(jobs, both, targets, fresh="day")
-    for job in jobs.values():
-        assert (await blocks.watch(job)).kind == "backup"
-        await blocks.forget(job)
-    for fresh in ("day", "night"):
-        targets = {disk.id: await host.source() for disk in both}
-        await blocks.backup(jobs, both, targets, bitmap="day", fresh=fresh)
-        for job in jobs.values():
-            await blocks.watch(job)
-            await blocks.forget(job)
-        for disk in both:
-            assert fresh in await blocks.bitmaps(disk)
-            assert not any("copy" in name for name in await blocks.bitmaps(disk))
-    assert await blocks.layers() == {disk.id: nodes(disk) for disk in both}
-    other = await host.start(one.but(source=targets["data"]), place="b")  # it is closed
-    await other.quit()
-
-
-async def test_a_backup_is_begun_for_all_or_none(host: Host) -> None:
-    one, two = await host.disk(), await host.disk(unit=1, name="other")
-    machine = await host.start(one, two)
-    jobs = {"data": "copy-a", "other": "copy-b"}
-    targets = {"data": await host.source(), "other": DiskSource(path="/none/x", node="x", format=QCOW2)}
-    with pytest.raises(NotFound):
-        await machine.blocks.backup(jobs, (one, two), targets)
-    assert [await machine.blocks.job(job) for job in jobs.values()] == [None, None]
-    await machine.blocks.push([await host.on_top(one)])
-
-
 @pytest.mark.parametrize("media", [Media.CDROM, Media.FLOPPY])
 async def test_media(host: Host, media: Media) -> None:
     empty = DiskSource(kind=SourceKind.EMPTY, path="")
@@ -443,24 +406,21 @@ async def test_growing(host: Host) -> None:
         await machine.quit()
 
 
-async def begin(machine: Machine, host: Host, kind: str, disk: Disk) -> None:
+async def begin(machine: Machine, kind: str, disk: Disk) -> None:
     chain = list(disk.source.layers())
     if kind == "commit below":
         await machine.blocks.commit("work", disk, chain[1], chain[2], speed=1)
-    elif kind == "stream":
-        await machine.blocks.stream("work", disk, speed=1)
     else:
-        targets = {"data": await host.source()}
-        await machine.blocks.backup({"data": "work"}, [disk], targets, fresh="day", speed=1)
+        await machine.blocks.stream("work", disk, speed=1)
 
 
-@pytest.mark.parametrize("kind", ["commit below", "stream", "backup"])
+@pytest.mark.parametrize("kind", ["commit below", "stream"])
 async def test_work_given_up_and_done_again(host: Host, kind: str) -> None:
     disk = await host.disk(3)
     for number, layer in enumerate(disk.source.layers()):
         await asyncio.to_thread(images.qemu_io, layer.path, layer.format, f"write -P 5 {number}M 1M")
     machine = await host.start(disk)
-    await begin(machine, host, kind, disk)
+    await begin(machine, kind, disk)
     with pytest.raises(Busy):
         await machine.detach_disk("data", WAIT)
     machine = await host.adopt(machine)
@@ -468,10 +428,10 @@ async def test_work_given_up_and_done_again(host: Host, kind: str) -> None:
         await machine.blocks.cancel("work")
     with pytest.raises(Cancelled):
         await machine.blocks.watch("work")
-    assert await machine.blocks.bitmaps(disk) in ({}, {"day": 0})
+    assert await machine.blocks.bitmaps(disk) == {}
     await machine.blocks.forget("work")
     assert await machine.blocks.layers() == {"data": nodes(disk)}
-    await begin(machine, host, kind, disk)
+    await begin(machine, kind, disk)
     await machine.blocks.speed("work", 0)
     for _ in range(2):
         assert (await machine.blocks.watch("work")).state is BlockJobState.DONE

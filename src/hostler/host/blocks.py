@@ -71,20 +71,6 @@ class Blocks(Protocol):
         It ends while somebody watches it, and then only the session that watched knows how, until `forget`; `layers`
         tells any other. Harmless when that job exists."""
 
-    async def backup(
-        self,
-        jobs: Mapping[str, str],
-        disks: Sequence[Disk],
-        targets: Mapping[str, DiskSource],
-        *,
-        bitmap: str | None = None,
-        fresh: str | None = None,
-        speed: int = 0,
-    ) -> None:
-        """Begin one copy job per disk, all of the same moment. `jobs` and `targets` by disk id (images made already).
-        `bitmap`: copy only what that dirty bitmap says (all layers' bitmaps of this name together); `fresh`: begin a
-        new dirty bitmap of that name at that moment. They end by themselves. All or none is begun."""
-
     async def job(self, job: str) -> BlockJob | None:
         """How that job is; None when QEMU knows none of that name."""
 

@@ -13,20 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from hostler.model.disk import Disk, DiskSource, ImageFormat
-from hostler.model.errors import InUse, NotFound, NotPermitted, QemuFailed
+from hostler.model.errors import InUse, NotFound, NotPermitted
 from hostler.qemu import blockdev, layers
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio
 from hostler.qemu.qmp import QmpSession
 
 Nodes = Mapping[str, block.Node]
-
-_WORKING = "working-"
-
-
-def working_name(job: str) -> str:
-    """The bitmap a backup job works with."""
-    return f"{_WORKING}{job}"
 
 
 def run_of(disk: Disk, name: str, nodes: Nodes) -> list[tuple[str, str]]:
@@ -51,9 +44,9 @@ def _find(node: block.Node | None, name: str) -> block.Bitmap | None:
 
 
 def _names(disk: Disk, nodes: Nodes) -> list[str]:
-    """Names of all bitmaps of its top layer, but for those jobs work with."""
+    """Names of all bitmaps of its top layer."""
     top = nodes.get(blockdev.node_name(disk))
-    return [b.name for b in top.bitmaps if not b.name.startswith(_WORKING)] if top is not None else []
+    return [b.name for b in top.bitmaps] if top is not None else []
 
 
 def _whole(disk: Disk, nodes: Nodes) -> dict[str, list[tuple[str, str]]]:
@@ -78,14 +71,6 @@ def _marked(disk: Disk, parts: Sequence[tuple[str, str]], nodes: Nodes) -> int:
     return min(sum(counts), disk.source.size or sum(counts))
 
 
-def fresh_action(disk: Disk, name: str, nodes: Nodes) -> block.Action:
-    """Begin that bitmap at the top layer: one of that name there begins anew."""
-    top = blockdev.node_name(disk)
-    if _find(nodes.get(top), name) is not None:
-        return block.bitmap_clear_action(top, name)
-    return block.bitmap_add_action(top, name, persistent=_kept(disk.source))
-
-
 def _kept(layer: DiskSource) -> bool:
     return layer.format is ImageFormat.QCOW2
 
@@ -98,15 +83,18 @@ async def add(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str) -> No
     new = [disk for disk in disks if name not in _whole(disk, nodes)]
     await drop(qmp, aio, new, name)
     if new:
-        await block.transaction(qmp, [fresh_action(disk, name, {}) for disk in new])
+        actions = [
+            block.bitmap_add_action(blockdev.node_name(disk), name, persistent=_kept(disk.source)) for disk in new
+        ]
+        await block.transaction(qmp, actions)
 
 
-async def drop(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str, *, but_the_top_one: bool = False) -> None:
+async def drop(qmp: QmpSession, aio: Aio, disks: Sequence[Disk], name: str) -> None:
     """See `Blocks.drop_bitmaps`. Lower layers are opened for writing meanwhile, where the image holds it; in one that
     may not be written to it stays, and makes the next bitmap of this name mark too much, never too little."""
     nodes = await block.block_nodes(qmp)
     for disk in disks:
-        for layer in list(disk.source.layers())[1 if but_the_top_one else 0 :]:
+        for layer in disk.source.layers():
             node = blockdev.layer_node(disk, layer)
             if _find(nodes.get(node), name) is None:
                 continue
@@ -178,15 +166,3 @@ async def keep(qmp: QmpSession, disk: Disk, target: DiskSource) -> None:
         if _find(nodes.get(node), name) is None:
             actions = [block.bitmap_add_action(node, name, persistent=_kept(target)), *actions]
         await block.transaction(qmp, actions)
-
-
-async def drop_working(qmp: QmpSession, job: str) -> None:
-    """Remove the bitmap an ended backup job worked with."""
-    name = working_name(job)
-    for node in (await block.block_nodes(qmp)).values():
-        if _find(node, name) is not None:
-            try:
-                await block.transaction(qmp, [block.bitmap_remove_action(node.name, name)])
-            except QemuFailed as error:
-                if "not found" not in error.cause:
-                    raise

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 
 from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
-from hostler.model.errors import HostlerError, InvalidInput, QemuFailed
+from hostler.model.errors import InvalidInput, QemuFailed
 from hostler.qemu import bitmaps, blockdev, layers
 from hostler.qemu import commands_block as block
 from hostler.qemu.blockdev import Aio, Options
@@ -112,79 +111,6 @@ async def stream(qmp: QmpSession, aio: Aio, job: str, disk: Disk, base: DiskSour
         await block.block_stream(qmp, options)
     except QemuFailed as error:
         raise layers.explained(disk, disk.source, error) from error
-
-
-async def backup(
-    qmp: QmpSession,
-    aio: Aio,
-    jobs: Mapping[str, str],
-    disks: Sequence[Disk],
-    targets: Mapping[str, DiskSource],
-    bitmap: str | None,
-    fresh: str | None,
-    speed: int,
-) -> None:
-    """See `Blocks.backup`."""
-    for disk in disks:
-        layers.check_seen(disk)
-    if fresh is not None and fresh != bitmap:
-        await bitmaps.drop(qmp, aio, disks, fresh)
-    copies = {disk.id: _written(disk, targets[disk.id]) for disk in disks}
-    actions = await _backup_actions(qmp, jobs, disks, copies, bitmap, fresh, speed)
-    added: list[str] = []
-    try:
-        for copy in copies.values():
-            if await layers.add_node(qmp, copy, blockdev.blockdev_options(copy, None, aio)):
-                added.append(blockdev.node_name(copy))
-        await block.transaction(qmp, actions)
-    except BaseException as error:
-        await layers.drop_quietly(qmp, added)
-        if isinstance(error, QemuFailed):
-            raise layers.explained(disks[0], targets[disks[0].id], error) from error
-        raise
-    if fresh is not None:
-        # Lower layers still hold the marks of before. Left there they would only make the next copy larger.
-        with suppress(HostlerError):
-            await bitmaps.drop(qmp, aio, disks, fresh, but_the_top_one=True)
-
-
-async def _backup_actions(
-    qmp: QmpSession,
-    jobs: Mapping[str, str],
-    disks: Sequence[Disk],
-    copies: Mapping[str, Disk],
-    bitmap: str | None,
-    fresh: str | None,
-    speed: int,
-) -> list[block.Action]:
-    """For each disk: what to copy, then the new bitmap, then the job.
-
-    In this order no write is lost wherever it falls between two of these actions: it is in the working bitmap, which
-    notes too, until the job has taken it over, and in the new one. Each job's disk stands still from the beginning of
-    its job to the end of the transaction.
-    """
-    nodes = await block.block_nodes(qmp)
-    actions: list[block.Action] = []
-    for disk in disks:
-        job, top = jobs[disk.id], blockdev.node_name(disk)
-        options = _common(disk, job, speed) | {
-            "device": top,
-            "target": blockdev.node_name(copies[disk.id]),
-            "sync": "full",
-            "on-source-error": "report",
-            "on-target-error": "report",
-        }
-        if bitmap is not None:
-            working = bitmaps.working_name(job)
-            actions += [
-                block.bitmap_add_action(top, working, persistent=False),
-                block.bitmap_merge_action(top, working, bitmaps.run_of(disk, bitmap, nodes)),
-            ]
-            options |= {"sync": "bitmap", "bitmap": working, "bitmap-mode": "never"}
-        if fresh is not None:
-            actions.append(bitmaps.fresh_action(disk, fresh, nodes))
-        actions.append(block.backup_action(options))
-    return actions
 
 
 def _written(disk: Disk, target: DiskSource) -> Disk:

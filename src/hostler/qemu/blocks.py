@@ -73,22 +73,6 @@ class QemuBlocks:
             if await self._jobs.find(job) is None:
                 await blockjobs.stream(self._qmp, self._aio, job, disk, base, speed)
 
-    async def backup(
-        self,
-        jobs: Mapping[str, str],
-        disks: Sequence[Disk],
-        targets: Mapping[str, DiskSource],
-        *,
-        bitmap: str | None = None,
-        fresh: str | None = None,
-        speed: int = 0,
-    ) -> None:
-        """Begin backups."""
-        async with self._lock:
-            if all([await self._jobs.find(job) is not None for job in jobs.values()]):
-                return
-            await blockjobs.backup(self._qmp, self._aio, jobs, disks, targets, bitmap, fresh, speed)
-
     async def job(self, job: str) -> BlockJob | None:
         """A job."""
         return await self._jobs.find(job)
@@ -113,7 +97,6 @@ class QemuBlocks:
         """Drop it."""
         async with self._lock:
             await self._jobs.forget(job)
-            await bitmaps.drop_working(self._qmp, job)
             await layers.close_unused(self._qmp)
 
     async def close(self, disk_id: str, layer: str) -> None:

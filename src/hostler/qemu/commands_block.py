@@ -5,7 +5,7 @@ Names and shapes are those of QEMU's qapi/block-core.json, qapi/block.json, qapi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -149,19 +149,9 @@ def bitmap_merge_action(node: str, target: str, sources: Sequence[tuple[str, str
     return {"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": target, "bitmaps": bitmaps}}
 
 
-def bitmap_clear_action(node: str, name: str) -> Action:
-    """Let a bitmap begin anew."""
-    return {"type": "block-dirty-bitmap-clear", "data": {"node": node, "name": name}}
-
-
 def bitmap_remove_action(node: str, name: str) -> Action:
     """Remove a bitmap, from its image as well."""
     return {"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": name}}
-
-
-def backup_action(options: Mapping[str, JsonValue]) -> Action:
-    """A backup job."""
-    return {"type": "blockdev-backup", "data": dict(options)}
 
 
 async def blockdev_reopen(qmp: QmpSession, options: Sequence[Options]) -> None:

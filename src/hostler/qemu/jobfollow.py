@@ -1,7 +1,7 @@
 """Block jobs of a running VM: followed, ended, forgotten.
 
     mirror, commit of the top layer:  running --> ready --finish--> concluded --forget--> (none)
-    commit below, backup:             running --> concluded --forget--> (none)
+    commit below:                     running --> concluded --forget--> (none)
     stream:                           running --> pending --by whoever watches--> (none), remembered here
     any of them --cancel, an error--> as at its end
 

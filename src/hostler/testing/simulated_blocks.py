@@ -134,34 +134,6 @@ class SimulatedBlocks:
         kept = next((layer for layer in disk.source.layers() if base is not None and layer.node == base.node), None)
         _begin(self._qemu, job, "stream", disk, _Switch(self._qemu, disk.id, lambda old: old.but(backing=kept)))
 
-    async def backup(
-        self,
-        jobs: Mapping[str, str],
-        disks: Sequence[Disk],
-        targets: Mapping[str, DiskSource],
-        *,
-        bitmap: str | None = None,
-        fresh: str | None = None,
-        speed: int = 0,
-    ) -> None:
-        """Begin backups."""
-        await _enter(self, "backup")
-        if all(job in self._qemu.jobs for job in jobs.values()):
-            return
-        for disk in disks:
-            check_seen(disk)
-            _refuse_if_busy(self._qemu, disk)
-            _look_for(disk, targets[disk.id])
-            if bitmap is not None and bitmap not in _whole(self._qemu, disk):
-                raise NotFound(
-                    f"disk {disk.id}", f"what changed since the beginning of {bitmap} is not known", bitmap=bitmap
-                )
-        for disk in disks:
-            _begin(self._qemu, jobs[disk.id], "backup", disk, _nothing)
-            if fresh is not None:
-                _forget_bitmap(self._qemu, disk, fresh)
-                self._qemu.bitmaps.setdefault(blockdev.node_name(disk), set()).add(fresh)
-
     async def job(self, job: str) -> BlockJob | None:
         """A job, one step further."""
         await _enter(self, "job")
@@ -326,10 +298,6 @@ def _without(chain: DiskSource, top: DiskSource, base: DiskSource) -> DiskSource
         return next(layer for layer in chain.layers() if layer.node == base.node)
     assert chain.backing is not None
     return chain.but(backing=_without(chain.backing, top, base))
-
-
-def _nothing() -> None:
-    """The end of a job that changes no disk."""
 
 
 def _refuse_if_busy(qemu: SimulatedQemu, disk: Disk) -> None:
