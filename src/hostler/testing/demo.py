@@ -2,7 +2,8 @@
 
 Two hosts are started (as root each in a network namespace of its own), a VM boots, a client outside talks to it every
 2 ms, the VM moves to the other host and back while it runs, is given a disk, writes on it, moves with it, and gives it
-back. Every step says the command an administrator would type; the figures come from outside the VM.
+back. In between the disk itself moves to other storage, grows, is checkpointed, backed up and merged. Every step says
+the command an administrator would type; the figures come from outside the VM.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hostler.model.nic import Network
 from hostler.model.requests import DiskAdd, MigrateRequest, NicAdd, ShutdownRequest, VmCreate, VolumeCreate
 from hostler.model.units import MiB, format_size, parse_size
 from hostler.model.vm import KernelBoot, VmRecord
+from hostler.testing.demo_storage import StorageSteps
 from hostler.testing.guestclient import GuestSerial
 from hostler.testing.lab import Lab, LabHost
 from hostler.testing.microguest import MicroGuest, build
@@ -93,6 +95,7 @@ class Demo:
             await meter.hearing()
             await self._move(one, two, serial, record, "there")
             disk = await self._add_disk(two, serial)
+            await StorageSteps(self, VM, two, serial).run()
             await self._move(two, one, serial, record, "back")
             await self._check_disk(one, serial, disk)
             await self._judge(meter)
