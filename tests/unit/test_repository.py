@@ -27,6 +27,7 @@ PROGRAMS = {
     "getfacl": "acl",
     "ip": "iproute2",
     "losetup": "mount",
+    "mkfs.btrfs": "btrfs-progs",
     "mkfs.ext4": "e2fsprogs",
     "nbdinfo": "libnbd-bin",
     "qemu-img": "qemu-utils",

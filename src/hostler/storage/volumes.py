@@ -24,6 +24,7 @@ from hostler.model.units import format_size
 from hostler.model.volume import Volume, VolumeState
 from hostler.storage.catalogue import Catalogue, real_target
 from hostler.storage.claims import ClaimBook
+from hostler.storage.cloning import cloned
 from hostler.storage.formats import SUFFIX, Shape, recognise
 from hostler.storage.qemu_img import Layout, LogPending, OnProgress, QemuImg, check_preallocation, leftovers
 from hostler.storage.waiting import in_thread, whole
@@ -112,7 +113,8 @@ class VolumeService:
         size += -size % SECTOR
 
         async def fill(target: str, image: QemuImg) -> None:
-            await image.convert(known, shape.format, target, format, size, on_progress)
+            if not await cloned(known, shape, target, format, size):
+                await image.convert(known, shape.format, target, format, size, on_progress)
 
         return await self.create_filled(name, size, format, fill, path, pool, made_by)
 
