@@ -27,7 +27,6 @@ PROGRAMS = {
     "getfacl": "acl",
     "ip": "iproute2",
     "losetup": "mount",
-    "mkfs.btrfs": "btrfs-progs",
     "mkfs.ext4": "e2fsprogs",
     "nbdinfo": "libnbd-bin",
     "qemu-img": "qemu-utils",
