@@ -59,7 +59,7 @@ class Backups:
         params: dict[str, JsonValue] = {
             **request.model_dump(mode="json"),
             "directory": str(directory.path),
-            "backup": f"{utc_now():%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}",
+            "backup": _new_id(),
         }
         return await OPERATION.begin(self._host, self._host.actor(ref), by, params)
 
@@ -230,6 +230,12 @@ class Backups:
     @staticmethod
     async def _aside(work: Callable[[], T]) -> T:
         return await in_thread("backups", work)
+
+
+def _new_id() -> str:
+    """See `BackupId`."""
+    now = utc_now()
+    return f"{now:%Y%m%dT%H%M%SZ}-{now.microsecond:05x}{secrets.token_hex(2)[:3]}"
 
 
 KINDS = (RESTORE, RESTORE_VOLUME, VERIFY)

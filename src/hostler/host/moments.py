@@ -19,10 +19,10 @@ OnBlockJob = Callable[[BlockJob], None]
 class Moments(Protocol):
     """The moments of one machine's disks."""
 
-    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], hold: bool) -> None:
-        """The moment: what these disks are is kept from now on, in the scratch files (empty qcow2 images of the same
-        size, by disk id). `hold`: stop the guest meanwhile, so that several disks are of one moment. Harmless when it
-        was."""
+    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str]) -> None:
+        """The one moment of all of them: what these disks are is kept from now on, in the scratch files (empty qcow2
+        images of the same size, by disk id). The guest stands still for some milliseconds; a daemon that dies meanwhile
+        leaves it paused. Harmless when it was begun."""
 
     async def copy(
         self,

@@ -29,7 +29,8 @@ MAX_CHAIN = 1000
 """Backups that may build on each other; a chain that is longer is taken for a circle."""
 
 BackupId = Annotated[str, StringConstraints(pattern=r"^[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}$")]
-"""When it was made (UTC), and something random: names sort by age."""
+"""When it was made (UTC), down to the microsecond (five hexadecimal digits), and three random digits: names sort by
+age."""
 
 BITMAP = "hostler-"
 
@@ -211,7 +212,7 @@ def chain(backup: Backup, disk_id: str, backups: Mapping[str, Backup]) -> list[t
         found.append((at, disk))
         if disk.since is None:
             return found
-        if len(found) > MAX_CHAIN or disk.since >= at.id:
+        if len(found) > MAX_CHAIN or disk.since in (b.id for b, _ in found):
             raise BadImage(f"backup {backup.id}", "builds on itself by its manifests", "use another backup")
         older = backups.get(disk.since)
         if older is None or older.vm != backup.vm:

@@ -11,8 +11,11 @@
         node   Bout-<id>    nbd: what takes the copy, a process of ours
 
 The scratch file is full, or too slow: then the moment is lost and the backup fails; the guest is never touched
-(`on-cbw-error: break-snapshot`, which a backup job of QEMU 7.2 cannot be told). Where several disks shall be of one
-moment, the guest's processors stand still while the filters are put in, some milliseconds.
+(`on-cbw-error: break-snapshot`, which a backup job of QEMU 7.2 cannot be told).
+
+The guest's processors stand still, some milliseconds, while filters are put in and taken out. So all disks are of one
+moment; and QEMU 7.2 must not be asked to build on a node that is in an I/O thread while requests are under way there:
+it waits for them without holding that thread's lock, and ends with "qemu_mutex_unlock_impl: Operation not permitted".
 
 QEMU writes and we take, not the other way round: the NBD server of QEMU 7.2.22 (Debian 12) ends the whole QEMU by an
 assertion (nbd_blockdev_client_closed) when a client leaves an export whose disk is in an I/O thread, as ours are.
@@ -27,7 +30,8 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from hostler.model.backup import BLOCK
@@ -58,17 +62,27 @@ class Fleecing:
     def __init__(self, qmp: QmpSession) -> None:
         self._qmp = qmp
 
-    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], hold: bool) -> None:
-        """The moment: from now on what the disks were is kept in the scratch files (by disk id). `hold`: stop the guest
-        while several are begun."""
+    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str]) -> None:
+        """The moment: from now on what the disks were is kept in the scratch files (by disk id)."""
         for disk in disks:
-            await self._keep_ready(disk, scratch[disk.id])
-        running = hold and len(disks) > 1 and await commands.query_status(self._qmp) is RunStatus.RUNNING
+            file = {"driver": "file", "filename": scratch[disk.id], "discard": "unmap", "locking": "on"}
+            image = {"driver": "qcow2", "discard": "unmap", "backing": None, "file": file}
+            await self._add(_old(disk), image, scratch[disk.id])
+        async with self._still():
+            for disk in disks:
+                await self._add(_now(disk), _filter(disk))
+                await self._put_in(disk, _now(disk))
+            for disk in disks:
+                await self._add(_then(disk), {"driver": "snapshot-access", "file": _now(disk)})
+
+    @asynccontextmanager
+    async def _still(self) -> AsyncIterator[None]:
+        """The guest's processors stand still meanwhile, if they run."""
+        running = await commands.query_status(self._qmp) is RunStatus.RUNNING
         if running:
             await commands.stop(self._qmp)
         try:
-            for disk in disks:
-                await self._put_in(disk, _now(disk))
+            yield
         finally:
             if running:
                 await commands.cont(self._qmp)
@@ -87,13 +101,10 @@ class Fleecing:
         await self._forget_jobs(disks)
         nodes = await self._nodes()
         for disk in disks:
-            if _then(disk) in nodes:  # of an earlier attempt, with its bitmap
-                await self._remove(_then(disk), nodes)
-            await self._add(_then(disk), {"driver": "snapshot-access", "file": _now(disk)})
             if disk.id in since:
                 await self._merge(disk, since[disk.id])
+            await self._remove(_out(disk), nodes)  # of an earlier attempt
             server = {"type": "unix", "path": path}
-            await self._remove(_out(disk), nodes)
             await self._add(_out(disk), {"driver": "nbd", "server": server, "export": disk.id})
         for disk in disks:
             await self._qmp.execute("blockdev-backup", self._job(disk, disk.id in since, speed))
@@ -151,31 +162,21 @@ class Fleecing:
             await asyncio.sleep(0.01)
 
     async def end(self, disks: Sequence[Disk]) -> None:
-        """Nothing is exported or kept any more. Harmless when nothing was."""
+        """Nothing is copied or kept any more. Harmless when nothing was."""
         await self._forget_jobs(disks)
         nodes = await self._nodes()
-        for disk in disks:
-            await self._remove(_out(disk), nodes)
-            await self._remove(_then(disk), nodes)
-            if _now(disk) in nodes:
-                await self._put_in(disk, node_name(disk))
-            await self._remove(_now(disk), nodes)
-            await self._remove(_old(disk), nodes)
+        if not any(node(disk) in nodes for disk in disks for node in (_out, _then, _now, _old)):
+            return
+        async with self._still():
+            for disk in disks:
+                await self._remove(_out(disk), nodes)
+                await self._remove(_then(disk), nodes)
+                if _now(disk) in nodes:
+                    await self._put_in(disk, node_name(disk))
+                await self._remove(_now(disk), nodes)
+                await self._remove(_old(disk), nodes)
 
     # steps
-
-    async def _keep_ready(self, disk: Disk, path: str) -> None:
-        """The scratch file, and the filter above the disk, which nothing goes through yet."""
-        file = {"driver": "file", "filename": path, "discard": "unmap", "locking": "on"}
-        await self._add(_old(disk), {"driver": "qcow2", "discard": "unmap", "backing": None, "file": file}, path)
-        options = {
-            "driver": "copy-before-write",
-            "file": node_name(disk),
-            "target": _old(disk),
-            "on-cbw-error": "break-snapshot",
-            "cbw-timeout": COPY_TIMEOUT,
-        }
-        await self._add(_now(disk), options)
 
     async def _add(self, node: str, options: dict[str, Any], path: str | None = None) -> None:
         if node in await self._nodes():
@@ -208,6 +209,8 @@ class Fleecing:
         """What `name` says by now on all layers goes into SINCE on the node that is copied."""
         nodes = await self._nodes()
         node = _then(disk)
+        if SINCE in _names(nodes.get(node, {})):  # of an earlier attempt
+            await self._qmp.execute("block-dirty-bitmap-remove", {"node": node, "name": SINCE})
         arguments = {"node": node, "name": SINCE, "granularity": BLOCK, "disabled": True}
         await self._qmp.execute("block-dirty-bitmap-add", arguments)
         sources = []
@@ -237,6 +240,16 @@ class Fleecing:
 
 def _names(node: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(b.get("name", "")) for b in node.get("dirty-bitmaps", ()))
+
+
+def _filter(disk: Disk) -> dict[str, Any]:
+    return {
+        "driver": "copy-before-write",
+        "file": node_name(disk),
+        "target": _old(disk),
+        "on-cbw-error": "break-snapshot",
+        "cbw-timeout": COPY_TIMEOUT,
+    }
 
 
 def _now(disk: Disk) -> str:

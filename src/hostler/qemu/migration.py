@@ -31,6 +31,7 @@ from hostler.model.errors import HostlerError, PeerUnreachable, QemuFailed, Time
 from hostler.model.machine import MachineEvent, MigrationEnd, MigrationResult, RunStatus
 from hostler.model.migration import MigrationMode, MigrationProgress, MigrationSettings
 from hostler.qemu import commands, psk
+from hostler.qemu.commands_block import block_nodes
 from hostler.qemu.progress import ENDS, progress_of, result_of
 from hostler.qemu.qmp import EVENTS_LOST, EventStream, QmpSession
 
@@ -53,6 +54,9 @@ _TLS = "migration-tls"
 _FD = "migration"
 _CUT_AFTER = 1.0
 """Seconds `cancelling` may take before the connection is cut; QEMU waits for the other side in a handshake."""
+
+
+_CAPABILITIES = ("return-path", "late-block-activate", "multifd", "pause-before-switchover", "dirty-bitmaps")
 
 
 class Migrator:
@@ -148,7 +152,7 @@ class Migrator:
 
     async def set_up(self, capabilities: dict[str, bool], settings: MigrationSettings) -> None:
         """Set every capability and parameter Hostler uses: those in `capabilities`, and all others off."""
-        off = {"return-path": False, "late-block-activate": False, "multifd": False, "pause-before-switchover": False}
+        off = dict.fromkeys(_CAPABILITIES, False)
         await _set_capabilities(self._qmp, off | {"events": True} | capabilities)
         await commands.migrate_set_parameters(
             self._qmp,
@@ -162,9 +166,13 @@ class Migrator:
         )
 
     async def _prepare(self, settings: MigrationSettings, *, incoming: bool) -> None:
-        await self.set_up(
-            {"return-path": not incoming, "late-block-activate": incoming, "multifd": settings.streams > 1}, settings
-        )
+        """Bitmaps that are in memory only go along in the stream (the receiving side needs no capability for that);
+        those in images are read there once they are written and closed here."""
+        wanted = {"return-path": not incoming, "late-block-activate": incoming, "multifd": settings.streams > 1}
+        if not incoming:
+            nodes = (await block_nodes(self._qmp)).values()
+            wanted["dirty-bitmaps"] = any(b.name and not b.persistent for node in nodes for b in node.bitmaps)
+        await self.set_up(wanted, settings)
 
     async def _take_key(self, secret: str, endpoint: str) -> None:
         """Make QEMU use the key: the object under its one name, then the parameter that names it."""

@@ -35,7 +35,14 @@ STREAM = 845_064
 """Bytes an empty guest of 64 MiB takes on the wire."""
 
 _TICK = 0.02
-_CAPABILITIES = ("events", "return-path", "late-block-activate", "multifd", "pause-before-switchover")
+_CAPABILITIES = (
+    "events",
+    "return-path",
+    "late-block-activate",
+    "multifd",
+    "pause-before-switchover",
+    "dirty-bitmaps",
+)
 _BUSY = ("setup", "active", "cancelling")
 
 

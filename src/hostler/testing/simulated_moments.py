@@ -27,7 +27,7 @@ class SimulatedMoments:
         self._qemu = qemu
         self._faults = faults
 
-    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str], hold: bool) -> None:
+    async def begin(self, disks: Sequence[Disk], scratch: Mapping[str, str]) -> None:
         """Keep the content."""
         await self._enter("begin_moment")
         for disk in disks:

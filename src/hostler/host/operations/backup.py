@@ -159,9 +159,9 @@ def snapshot(work: _Work) -> Step:
         frozen = running and await _freeze(work, context)
         try:
             scratch = {disk.id: work.scratch_file(disk) for disk in work.disks}
-            await machine.blocks.moments.begin(work.disks, scratch, hold=not frozen)
+            await machine.blocks.moments.begin(work.disks, scratch)
         finally:
-            if frozen:
+            if frozen and actor.machine is not None:
                 await _thaw(actor)
         consistency = Consistency.APPLICATION if frozen or not running else Consistency.CRASH
         await context.remember(created=utc_now().isoformat(), consistency=str(consistency))
@@ -169,17 +169,23 @@ def snapshot(work: _Work) -> Step:
     async def undo(context: JobContext) -> None:
         there = work.is_there()
         if actor.machine is not None:
+            await _keep_nothing(work, context)
             if context.job.data.get("freezing"):
                 await _thaw(actor)
-            await actor.machine.blocks.moments.end(work.disks)
-            if context.job.data.get("running") and await actor.machine.status() is RunStatus.PAUSED:
-                await actor.machine.run()  # a daemon that died between stopping it and letting it go on
-            if not there:
-                await actor.machine.blocks.drop_bitmaps(work.disks, bitmap_name(work.id))
-                await forget_bitmap(work.host.store, work.vm, bitmap_name(work.id))
+        if actor.machine is not None and not there:
+            await actor.machine.blocks.drop_bitmaps(work.disks, bitmap_name(work.id))
+            await forget_bitmap(work.host.store, work.vm, bitmap_name(work.id))
         _remove_scratch(work)
 
     return Step("snapshot", do, undo)
+
+
+async def _keep_nothing(work: _Work, context: JobContext) -> None:
+    """End the moment, and let a guest go on that a daemon left standing while it put filters in or out."""
+    machine = work.actor.present()
+    await machine.blocks.moments.end(work.disks)
+    if context.job.data.get("running") and await machine.status() is RunStatus.PAUSED:
+        await machine.run()
 
 
 async def _choose(work: _Work, context: JobContext) -> None:
@@ -394,7 +400,7 @@ def close(work: _Work) -> Step:
         await note_backup(work.host.store, work.vm, str(work.directory.path), work.id)
         machine = work.actor.machine
         if machine is not None:
-            await machine.blocks.moments.end(work.disks)
+            await _keep_nothing(work, context)
             for name in await stale_bitmaps(work.host.store, work.vm):
                 await machine.blocks.drop_bitmaps(work.disks, name)
                 await forget_bitmap(work.host.store, work.vm, name)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,8 @@ class DiskFile:
 
     def close(self) -> None:
         """Let go of the files. Harmless when done."""
-        self._sums.close()
+        with suppress(OSError):  # what could not be written is known by then, and the descriptor is closed all the same
+            self._sums.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
