@@ -109,7 +109,8 @@ async def test_a_folder_of_ours_comes_back_complete(site: Site, node: Node, out:
     assert report.path == str(folder)
     assert sorted(os.listdir(folder)) == sorted(report.files)
     assert report.lost == ("the medium in drive disk5",)
-    assert folder.stat().st_mode & 0o077 == 0
+    assert folder.stat().st_mode & 0o777 == 0o711
+    assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
     assert run("sha256sum", "-c", "manifest.sha256", cwd=folder).count(": OK") == len(report.files) - 1
 
     other = await site.add("b", images=QemuImg())

@@ -37,6 +37,9 @@ from hostler.storage.nodes import read_node
 from hostler.storage.qemu_img import PART, OnProgress, explain_os, new_file
 from hostler.storage.waiting import interruptible
 
+PASSABLE = 0o711
+"""Mode of an exported folder: others neither list it nor read what is in it; a VM's user gets through to its own disk
+where that is used in place."""
 LARGEST_STATE = 64 * 1024**2
 """Bytes of a UEFI variable store or TPM state that are taken along; real ones have less than 1 MiB."""
 
@@ -152,7 +155,8 @@ class _Export:
         await asyncio.to_thread(remove_tree, part)
         await self._host.claims.claim(self._actor.record.id, self._config.disks, self._actor.record.generation)
         try:
-            os.mkdir(part, 0o700)
+            os.mkdir(part, PASSABLE)
+            os.chmod(part, PASSABLE)  # whatever the umask
             if self._form is ExportForm.FOLDER:
                 await self._write_own(part, context)
             else:
