@@ -274,6 +274,7 @@ async def test_stream(host: Host, whole: bool) -> None:
     machine = await host.start(disk)
     for _ in range(2):
         await machine.blocks.stream("up", disk, None if whole else chain[2])
+    machine = await host.adopt(machine)
     await machine.blocks.watch("up")
     await machine.blocks.forget("up")
     assert await machine.blocks.layers() == {"data": nodes(disk)[:1] + (() if whole else nodes(disk)[2:])}

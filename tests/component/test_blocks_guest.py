@@ -32,7 +32,7 @@ async def between(guest: Guest, *steps: Callable[[], Awaitable[None]]) -> None:
         await guest.check()
 
 
-@pytest.mark.parametrize("guest", [ImageFormat.QCOW2, ImageFormat.VHD, ImageFormat.RAW], indirect=True)
+@pytest.mark.parametrize("guest", [ImageFormat.QCOW2, ImageFormat.VHD], indirect=True)
 async def test_layers_come_and_go_under_a_writing_guest(guest: Guest) -> None:
     await between(guest, guest.push, guest.push, guest.push)
     assert len((await guest.machine.blocks.layers())["data"]) == 4
@@ -46,6 +46,7 @@ async def test_layers_come_and_go_under_a_writing_guest(guest: Guest) -> None:
     served = await guest.image(ImageFormat.VHDX)
     socket = await guest.export(guest.disk.but(source=served))
     await between(guest, lambda: guest.mirror(served, socket))
+    assert os.stat(served.path).st_blocks * 512 < 12 * MiB  # sparse: 5 MiB of it are written
     raw = await guest.image(ImageFormat.RAW)
     await between(guest, lambda: guest.mirror(raw))
     assert os.stat(raw.path).st_blocks * 512 < raw.size, "what the VHDX never held is a hole in the copy"
