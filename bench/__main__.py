@@ -17,7 +17,7 @@ from bench.libvirt import ASKED
 from bench.measure import ROUNDS, Result, table
 from hostler.model.errors import HostlerError
 
-NAMES = ("start", "hotadd", "migrate", "cli", "idle")
+NAMES = ("start", "hotadd", "flatten", "migrate", "cli", "idle")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -8,6 +8,7 @@ What is zeroes is never written: the new file is all holes at first.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import queue
@@ -35,7 +36,10 @@ BATCH = 128
 THREADS = min(4, max(2, os.cpu_count() or 2))
 CHECKPOINT = 5.0
 """Seconds between two entries of the journal; so much work at most is done again after a crash."""
-TELL = 0.2
+_LIBC = ctypes.CDLL(None)
+_RANGE_WRITE = 2
+"""SYNC_FILE_RANGE_WRITE of sync_file_range(2)."""
+TELL = 0.1
 """Seconds between two words about progress."""
 
 _SHARES_EXTENTS = ("btrfs", "xfs", "zfs", "ocfs2", "nfs4", "cifs")
@@ -267,6 +271,7 @@ class Copier:
         """Tell how far it is, and write the journal every CHECKPOINT seconds."""
         last = time.monotonic()
         while not self._over.wait(TELL):
+            _start_writing(self._target)
             with self._progress.lock:
                 done, units = self._progress.done, self._progress.units
             self._tell(done)
@@ -279,6 +284,11 @@ class Copier:
                     self._failed.append(error)
                     return
                 last = time.monotonic()
+
+
+def _start_writing(fd: int) -> None:
+    """Let the kernel begin to put on the disk what is written so far, so that the flush at the end is short."""
+    _LIBC.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _RANGE_WRITE)
 
 
 def file_system(fd: int) -> str:

@@ -39,7 +39,8 @@ class Journal:
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, json.dumps(asdict(self)).encode())
-            os.fsync(fd)
+            if self.done:
+                os.fsync(fd)  # one that says that nothing is done may be lost
         finally:
             os.close(fd)
         os.rename(fresh, path)
