@@ -298,19 +298,20 @@ async def test_missing_and_damaged_are_seen_and_end_when_the_file_is_back(volume
     assert await states() == {VolumeState.READY}
 
 
-async def test_a_vhdx_left_by_a_crash_is_sound_but_not_copied_unrepaired(volumes: VolumeService, where: Path) -> None:
-    """QEMU opens one with a log only for writing; a VHDX in use has one most of the time."""
+async def test_a_vhdx_left_by_a_crash_is_copied_with_its_log_replayed(volumes: VolumeService, where: Path) -> None:
+    """QEMU opens one with a log only for writing; our reader replays it in memory. The source stays as it is."""
     made = await volumes.create("a", 4 * MiB, ImageFormat.VHDX)
+    images.qemu_io(made.path, ImageFormat.VHDX, "write -P 7 1M 64k")
     images.leave_log(made.path)
+    before = Path(made.path).read_bytes()
     assert (await volumes.inspect(made.path)).size == 4 * MiB
     assert (await volumes.get("a")).state is VolumeState.READY
-    with pytest.raises(BadImage, match="log") as refused:
-        await volumes.create_from("b", "a")
-    assert made.path in refused.value.object
-    assert "check -r all" in refused.value.advice
-    assert await left(volumes, where) == (["a"], ["a.vhdx"])
-    assert "wrote" in images.qemu_io(made.path, ImageFormat.VHDX, "write 0 64k")
-    await volumes.create_from("b", "a")
+    for name, format in (("b", None), ("c", ImageFormat.QCOW2)):
+        copy = await volumes.create_from(name, "a", format, 6 * MiB)
+        assert copy.size == 6 * MiB
+        assert images.verified(copy.path, copy.format, 7, "1M 64k")
+    assert Path(made.path).read_bytes() == before
+    assert await left(volumes, where) == (["a", "b", "c"], ["a.vhdx", "b.vhdx", "c.qcow2"])
 
 
 async def test_a_mistyped_name_gets_the_near_one(volumes: VolumeService) -> None:

@@ -78,7 +78,8 @@ class Move:
         """What the target is asked to prepare."""
         record = self.actor.record
         config = record.config
-        paths = [s.path for d in config.disks for s in d.source.layers() if s.kind is SourceKind.VOLUME]
+        kinds = (SourceKind.VOLUME, SourceKind.CHAIN)
+        paths = [s.path for d in config.disks for s in d.source.layers() if s.kind in kinds]
         return IncomingRequest(
             id=move_id,
             config=config,

@@ -23,6 +23,7 @@ from hostler.model.names import check_name
 from hostler.model.units import format_size
 from hostler.model.volume import Volume, VolumeState
 from hostler.storage.catalogue import Catalogue, real_target
+from hostler.storage.chains.flatten import flatten_into
 from hostler.storage.claims import ClaimBook
 from hostler.storage.cloning import cloned
 from hostler.storage.formats import SUFFIX, Shape, recognise
@@ -113,8 +114,11 @@ class VolumeService:
         size += -size % SECTOR
 
         async def fill(target: str, image: QemuImg) -> None:
-            if not await cloned(known, shape, target, format, size):
-                await image.convert(known, shape.format, target, format, size, on_progress)
+            try:
+                if not await cloned(known, shape, target, format, size):
+                    await image.convert(known, shape.format, target, format, size, on_progress)
+            except LogPending:  # QEMU would have to write the log's content into the source, we read it as if it had
+                await flatten_into(known, target, format.value, size, on_progress)
 
         return await self.create_filled(name, size, format, fill, path, pool, made_by)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,7 +11,8 @@ from typing import Any
 
 from hostler.model.errors import BY_CODE, ErrorCode, HostlerError, InternalError
 from hostler.storage import programs
-from hostler.storage.qemu_img import OnProgress
+from hostler.storage.chains.journal import journal_of
+from hostler.storage.qemu_img import OnProgress, new_file
 
 PROGRAM = "hostler.storage.chains.flatten_process"
 BOUNDS = programs.Bounds(memory=2 * 1024**3)
@@ -28,6 +30,16 @@ async def flatten(
     outcome = await programs.run(argv, f"image {image}", None, BOUNDS, _teller(on_progress))
     if outcome.status != 0:
         raise _refusal(image, outcome)
+
+
+async def flatten_into(image: str, path: str, format: str, size: int, on_progress: OnProgress | None = None) -> None:
+    """A new file `path`, whole or not at all. Errors as `flatten`, and AlreadyExists."""
+    async with new_file(path) as part:
+        try:
+            await flatten(image, part, format, size, (), on_progress)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(journal_of(part))
 
 
 def _teller(on_progress: OnProgress | None) -> programs.OnText | None:
