@@ -56,8 +56,8 @@ class Blocks(Protocol):
         """Begin to copy the disk, whole, to `target` (an image of the same size, made already and reading as zeroes;
         its node token is new), and keep it up to date. `export`: the socket that serves the target's base. Bytes/s, 0:
         unlimited. `finish` makes the target the disk, without any layer below it. Harmless when that job exists. A
-        dynamic VHD or VHDX grows to its full size, unless the disk is one layer of qcow2: QEMU writes zeroes into it
-        where the source has none."""
+        dynamic VHD or VHDX grows to its full size, unless the disk is one layer of qcow2 that never held zeroes: QEMU
+        writes zeroes into it where the source has none."""
 
     async def commit(self, job: str, disk: Disk, top: DiskSource, base: DiskSource, speed: int = 0) -> None:
         """Begin to merge the layers from `top` down to `base` (without) into `base`. When `top` is the disk's top layer
