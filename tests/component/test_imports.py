@@ -14,7 +14,7 @@ import images
 import pytest
 
 from hostler.model.disk import Bus, ImageFormat, Media, SourceKind
-from hostler.model.errors import BadImage, Blocked, InvalidInput, NotFound
+from hostler.model.errors import BadImage, Blocked, Busy, InUse, InvalidInput, NotFound
 from hostler.model.foreign import DiskFate, ImportReport, RemarkKind
 from hostler.model.job import Job, JobState
 from hostler.model.nic import Network
@@ -435,3 +435,36 @@ async def test_a_vhdx_that_was_not_closed_is_read_with_its_log(node: Node, tmp_p
     assert job.state is JobState.DONE, job.error
     made_of = node.application.vms.get("open").config.disks[0].source.path
     assert images.verified(made_of, ImageFormat.QCOW2, 8, "1M 64k")
+
+
+async def test_two_imports_that_want_the_same_id(node: Node, tmp_path: Path) -> None:
+    folder = exported_folder(tmp_path / "e", {"disk0": b"0" * 4096})
+    hang = node.faults.hang("vm.import/define:before")
+    request = ImportRequest(path=str(folder), keep_id=True)
+    first = await node.application.imports.run(request, "test")
+    await hang.reached.wait()
+    with pytest.raises(Busy, match="is being imported already"):
+        await node.application.imports.run(request, "test")
+    hang.release.set()
+    assert (await node.finish(first)).state is JobState.DONE
+    assert [v.name for v in await node.application.volumes.list()] == ["exported"]
+
+
+async def test_an_address_that_is_taken_meanwhile(node: Node, tmp_path: Path) -> None:
+    folder = exported_folder(tmp_path / "e", {"disk0": b"0" * 4096})
+    plan = await node.application.imports.plan(ImportRequest(path=str(folder)))
+    await node.application.vms.create(VmCreate(name="x", nics=(NicAdd(mac="52:54:00:aa:bb:01"),)), "somebody")
+    job = await node.finish(await node.application.jobs.start(plan, "test"))
+    assert job.error is not None
+    assert isinstance(job.error.to_error(), InUse)
+    assert files(node) == []
+
+
+async def test_a_directory_that_is_not_there_is_in_the_way(node: Node, tmp_path: Path) -> None:
+    path = image(tmp_path / "a.vhd", "vhd", 1)
+    report = await look(node, path, directory=str(tmp_path / "no"))
+    assert [r.text for r in report.remarks if r.kind is RemarkKind.BLOCKER] == ["does not exist"]
+    (tmp_path / "yes").mkdir()
+    job = await imported(node, path, directory=str(tmp_path / "yes"))
+    assert job.state is JobState.DONE, job.error
+    assert (tmp_path / "yes" / "a.qcow2").exists()

@@ -225,6 +225,13 @@ def _adapters(machine: ForeignMachine) -> Iterator[Remark]:
 
 
 def _rest(machine: ForeignMachine) -> Iterator[Remark]:
+    if machine.starts_with_host:
+        yield Remark(
+            kind=RemarkKind.KEPT,
+            subject="autostart",
+            text="it starts with the host",
+            advice="take that away with 'hostler vm set --no-autostart' while the original still runs",
+        )
     if machine.saved_state:
         yield Remark(
             kind=RemarkKind.LOST,

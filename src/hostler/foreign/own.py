@@ -18,6 +18,7 @@ from hostler.foreign.errors import bad_description
 from hostler.foreign.ova import Digest
 from hostler.model.disk import Bus, Disk, DiskSource, SourceKind
 from hostler.model.foreign import ForeignBus, ForeignDisk, ForeignKind, ForeignMachine, ForeignNic
+from hostler.model.names import is_id
 from hostler.model.nic import Network, Nic
 from hostler.model.vm import VmConfig
 
@@ -72,6 +73,8 @@ def read_own(data: bytes, path: str) -> OwnFolder:
     except (ValidationError, RecursionError) as error:
         why = str(error).splitlines()[:3]
         raise bad_description(path, f"does not describe a VM: {' '.join(why)[:300]}") from error
+    if not is_id(config.id):
+        raise bad_description(path, f"has the id {config.id[:60]!r}, which is none of a VM")
     for disk in config.disks:
         if disk.source.kind is not SourceKind.EMPTY:
             _check_file(disk.source, path)

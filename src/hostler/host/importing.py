@@ -25,7 +25,7 @@ from hostler.host.imports import Survey, survey
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.vms import VmService
 from hostler.model.disk import Bus, DiskSource, ImageFormat, Media
-from hostler.model.errors import BadImage, Blocked, NotFound
+from hostler.model.errors import BadImage, Blocked, Busy, NotFound
 from hostler.model.foreign import DiskFate, ImportDisk, ImportReport, RemarkKind
 from hostler.model.job import Job, Progress
 from hostler.model.names import new_id
@@ -50,6 +50,8 @@ class Imports:
     def __init__(self, host: Host, vms: VmService) -> None:
         self._host = host
         self._vms = vms
+        self._coming: set[str] = set()
+        """Ids of the VMs that are being imported now: with `keep_id` two imports may want the same one."""
 
     async def inspect(self, request: ImportRequest) -> ImportReport:
         """Everything an import would do. Changes nothing."""
@@ -57,7 +59,15 @@ class Imports:
 
     async def run(self, request: ImportRequest, by: str) -> Job:
         """Begin to import; the job's result is the VM. Blocked with every blocker of the report."""
-        return await self._host.jobs.start(await self.plan(request), by)
+        plan = await self.plan(request)
+        if plan.target in self._coming or plan.target in self._host.actors:
+            raise Busy(f"vm {plan.target_name}", "is being imported already", "wait for that, or leave out --keep-id")
+        self._coming.add(plan.target)
+        try:
+            return await self._host.jobs.start(plan, by)
+        except BaseException:
+            self._coming.discard(plan.target)
+            raise
 
     async def plan(self, request: ImportRequest) -> Plan:
         """The job of that import. Blocked when the report has blockers."""
@@ -75,10 +85,15 @@ class Imports:
             Step("volumes", work.make_volumes, work.remove_volumes),
             Step("define", work.define, insist=work.is_defined),
         )
-        return Plan(KIND, vm_id, name, steps, params=params)
+
+        async def finish(_job: Job) -> None:
+            self._coming.discard(vm_id)
+
+        return Plan(KIND, vm_id, name, steps, params=params, finish=finish)
 
     async def recover(self, job: Job) -> None:
         """Undo an interrupted import whose VM was not defined yet. (One whose VM is there is over.)"""
+        self._coming.add(job.target)
         self._host.jobs.unwind(self._plan(job.target, job.target_name, job.params), job)
 
 

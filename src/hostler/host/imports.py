@@ -38,9 +38,12 @@ from hostler.model.transfer import ImportRequest
 from hostler.model.units import format_size
 from hostler.model.vm import VmConfig
 from hostler.network.mac import new_mac
+from hostler.qemu import access
 from hostler.storage.vmdk import inspect_vmdk, is_vmdk
 from hostler.storage.waiting import in_thread
 
+NOBODY = 65_534
+"""A user without rights (Debian's "nobody"), in the place of the VM's own, which has none yet."""
 _ILLEGAL = re.compile(r"[/\\]")
 
 
@@ -268,6 +271,7 @@ async def _of_image(
     shown = shown.but(format=seen.format, source_format=str(seen.format), size=seen.size, allocated=seen.allocated)
     if request.in_place:
         await _require_unknown(host, path)
+        _note_reach(host, made, shown, path)
         return shown.but(fate=DiskFate.REGISTER, target_format=seen.format)
     if seen.format is ImageFormat.VHDX and await _has_log(host, path):
         made.add(RemarkKind.CHANGED, f"disk {shown.place}", "was not closed properly; its log is replayed for the copy")
@@ -307,6 +311,16 @@ async def _has_log(host: Host, path: str) -> bool:
     """Whether a VHDX was not closed by its last user: QEMU does not read it, our own reader does."""
     chain = await host.volumes.chains.survey(ChainRequest(path=path))
     return chain.sound and chain.images[0].log_pending
+
+
+def _note_reach(host: Host, made: Survey, shown: ImportDisk, path: str) -> None:
+    """Whether the user of a VM will get to an image that stays where it is."""
+    if not host.facts.privileged:
+        return
+    try:
+        access.check_reachable(path, NOBODY)
+    except HostlerError as error:
+        made.add(RemarkKind.CHANGED, f"disk {shown.place}", f"cannot be used yet: {error.cause}", error.advice)
 
 
 async def _require_unknown(host: Host, path: str) -> None:
@@ -417,6 +431,8 @@ async def _own_config(
 
 def _check_space(host: Host, made: Survey, request: ImportRequest) -> None:
     directory = request.directory or str(host.paths.volumes)
+    if request.directory is not None and not os.path.isdir(request.directory):
+        made.add(RemarkKind.BLOCKER, f"directory {directory}", "does not exist", "create it first, or choose another")
     made.free = _free(directory)
     new = [d for d in made.disks if d.fate in (DiskFate.COPY, DiskFate.FLATTEN)]
     full = ImageFormat.VHD_FIXED

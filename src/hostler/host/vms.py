@@ -24,7 +24,7 @@ from hostler.host.operations import OPERATIONS
 from hostler.host.operations.disks import ATTACH, DETACH, require_disk, require_free_place, with_disk
 from hostler.host.operations.stop import SHUTDOWN
 from hostler.host.roster import Roster
-from hostler.model.errors import AlreadyExists, InvalidInput, NotFound, WrongState
+from hostler.model.errors import AlreadyExists, InUse, InvalidInput, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.names import nearest, new_id
 from hostler.model.requests import DiskAdd, NicAdd, ShutdownRequest, VmChange, VmCreate
@@ -94,12 +94,22 @@ class VmService:
         return actor.record
 
     async def define(self, config: VmConfig, by: str) -> VmRecord:
-        """Define a VM whose configuration is complete already: one that comes from elsewhere. AlreadyExists."""
-        async with self._names:
+        """Define a VM whose configuration is complete already: one that comes from elsewhere. AlreadyExists (its name
+        or id), InUse (a MAC address)."""
+        async with self._names, self._macs:
             self._require_free_name(config.name)
+            self._require_free_identity(config)
             actor = await self._insert(VmRecord(config=config))
         log.info("vm.created", vm=config.id, name=config.name, by=by)
         return actor.record
+
+    def _require_free_identity(self, config: VmConfig) -> None:
+        if config.id in self._host.actors:
+            raise AlreadyExists(f"vm {config.id}", "a VM of this id exists on this host", "take another id")
+        taken = {n.mac for a in self._host.actors.values() for n in a.record.config.nics}
+        for nic in config.nics:
+            if nic.mac in taken:
+                raise InUse(f"MAC address {nic.mac}", "belongs to an adapter of this host already", "take new ones")
 
     def _require_free_name(self, name: str) -> None:
         if any(a.record.name == name for a in self._host.actors.values()):

@@ -23,6 +23,11 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+def is_id(text: str) -> bool:
+    """Whether this has the form of an identifier as `new_id` makes them."""
+    return _ID.fullmatch(text) is not None
+
+
 def check_name(kind: str, name: str) -> str:
     """`name` if it may name an object of `kind`; InvalidInput otherwise.
 

@@ -54,6 +54,8 @@ def plan_export(record: VmRecord, request: ExportRequest) -> ExportReport:
     disks = exported(config)
     files = [file_of(disk, own, request.format) for disk in disks]
     described = [DESCRIPTION, MANIFEST] if own else [f"{_stem(config)}.ovf", f"{_stem(config)}.mf"]
+    if len(os.fsencode(config.name + ending)) > 255:
+        raise InvalidInput(f"vm {config.name}", "its name is too long for a file", "rename it first")
     return ExportReport(
         vm=config.name,
         form=request.form,
@@ -142,8 +144,7 @@ class _Export:
         self._path = str(params["path"])
 
     def _part(self, context: JobContext) -> str:
-        directory, name = os.path.split(self._path)
-        return os.path.join(directory, f".{name[:100]}.{context.job.id}{PART}")
+        return _part_of(self._path, context.job.id)
 
     @property
     def _config(self) -> VmConfig:
@@ -250,6 +251,11 @@ class _Export:
         return not os.path.lexists(made) and os.path.lexists(self._path)
 
 
+def _part_of(path: str, job_id: str) -> str:
+    """The name that only this job has, beside the one it will get."""
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)[:40]}.{job_id}{PART}")
+
+
 def _show(context: JobContext, text: str, done: float, share: float, fraction: float) -> None:
     context.progress(Progress(fraction=min(1.0, done + share * fraction), text=text))
 
@@ -341,8 +347,7 @@ def steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
 async def resume_at(host: Host, actor: VmActor, job: Job) -> str | None:
     """One that has its name already has only to say so."""
     path = str(job.params["path"])
-    directory, name = os.path.split(path)
-    part = os.path.join(directory, f".{name[:100]}.{job.id}{PART}")
+    part = _part_of(path, job.id)
     made = os.path.join(part, "archive") if job.params["form"] == ExportForm.OVA else part
     begun = any(s.name == "publish" and s.state.value != "pending" for s in job.steps)
     return "publish" if begun and os.path.lexists(path) and not os.path.lexists(made) else None
