@@ -14,7 +14,7 @@ import psutil
 import pytest
 from userview import User, converse
 
-from hostler.model.errors import ErrorCode
+from hostler.model.errors import ErrorCode, GuestRefused
 from hostler.model.units import KiB, MiB
 from hostler.testing import microguest, patterns
 from hostler.testing.guestclient import GuestDisk, GuestSerial, RangeVerdict
@@ -162,6 +162,55 @@ def test_a_lun_is_no_second_vms_and_its_number_is_no_name(place: Place) -> None:
     report = user("pool", "scan", "san")
     assert [f["path"] for f in report["unknown"]] == [place.target.url(2)]
     assert report["missing"] == report["changed"] == []
+
+
+def test_guests_of_a_cluster_share_a_lun_and_settle_who_writes(place: Place) -> None:
+    user = place.user
+    user("volume", "create", "quorum", str(SIZE), "--pool", "san")
+    built = microguest.build(place.directory / "guest")
+    boot = ["--kernel", str(built.kernel), "--initrd", str(built.initrd), "--append", built.cmdline]
+    user("vm", "create", "node2", "--memory", "96M", *boot, "--start")
+    node2 = user("vm", "show", "node2")["config"]["id"]
+    user("disk", "add", "guest", "--volume", "quorum", "--reservations")
+    problem = user.refused(ErrorCode.IN_USE, 4, "disk", "add", "node2", "--volume", "quorum")
+    assert "guest" in problem["cause"], "only who settles it with the others may share it"
+    user("disk", "add", "node2", "--volume", "quorum", "--reservations")
+
+    async def lun(guest: GuestSerial) -> str:
+        for _ in range(100):
+            names = [disk.name for disk in await guest.disks() if disk.vendor == "IET"]
+            if names:
+                return names[0]
+            await asyncio.sleep(0.1)
+        raise AssertionError(await guest.disks())
+
+    async def take(guest: GuestSerial) -> None:
+        await guest.reserve(await lun(guest), 0xA1)
+        await guest.write(await lun(guest), 41, LENGTH)
+
+    async def fail(guest: GuestSerial) -> None:
+        with pytest.raises(GuestRefused):
+            await guest.write(await lun(guest), 42, LENGTH, deadline=20)
+        assert (await guest.verify(await lun(guest), 41, LENGTH)).bad_sectors == 0
+
+    async def give_up(guest: GuestSerial) -> None:
+        await guest.reserve(await lun(guest), 0)
+
+    async def write(guest: GuestSerial) -> None:
+        await guest.write(await lun(guest), 43, LENGTH)
+        assert (await guest.verify(await lun(guest), 43, LENGTH)).bad_sectors == 0
+
+    converse(user.host, place.vm_id, take)
+    converse(user.host, node2, fail)
+    assert user("vm", "show", "node2")["state"] == "running", "the guest is told, and not stopped"
+    converse(user.host, place.vm_id, give_up)
+    converse(user.host, node2, write)
+    user("vm", "turn-off", "node2")
+    user("vm", "delete", "node2", "--yes")
+    disk = next(d["id"] for d in user("vm", "show", "guest")["config"]["disks"] if d["reservations"])
+    user("disk", "remove", "guest", disk)
+    user("volume", "delete", "quorum", "--yes")
+    assert place.target.file(2).exists(), "what is on a LUN stays"
 
 
 def test_a_disk_of_a_storage_system_is_taken_away_and_given_again(place: Place) -> None:

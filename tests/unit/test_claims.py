@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostler.model.disk import Disk, DiskSource
+from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.model.errors import InUse, NotFound, WrongState
 from hostler.storage.claims import ClaimBook, real_path
 from hostler.store.contract import CheckFailed, Put, Transaction
@@ -201,3 +201,36 @@ async def follow(book: ClaimBook, steps: list[Step]) -> None:
             model[path] = others | {(vm, id, not read_only)}
     for path, held in model.items():
         assert {(c.vm, c.disk, c.write) for c in await book.on(path)} == held
+
+
+def lun(
+    portal: str = "10.0.0.5:3260", identity: str = "naa.6001405", number: int = 1, reservations: bool = False
+) -> Disk:
+    path = f"iscsi://{portal}/iqn.x:t/{number}"
+    source = DiskSource(kind=SourceKind.ISCSI, path=path, identity=identity, pool="san")
+    return Disk(id="d0", source=source, reservations=reservations)
+
+
+async def test_a_lun_is_one_thing_by_whichever_way_and_number(book: ClaimBook) -> None:
+    await book.claim("a", [lun()], 1)
+    for same in (lun("10.0.1.5:3260"), lun(number=7)):
+        with pytest.raises(InUse, match="VM web"):
+            await book.claim("b", [same], 1)
+    await book.claim("b", [lun(identity="naa.6001406")], 1)
+    nameless = lun(identity="")
+    await book.claim("c", [nameless], 1)
+    with pytest.raises(InUse):
+        await book.claim("d", [lun("10.0.1.5:3260", identity="")], 1)
+    assert [c.vm for c in await book.on(nameless.source.path)] == ["c"]
+
+
+async def test_guests_that_reserve_a_lun_may_share_it_with_each_other_only(book: ClaimBook) -> None:
+    for vm in ("a", "b"):
+        await book.claim(vm, [lun(reservations=True)], 1)
+    with pytest.raises(InUse):
+        await book.claim("c", [lun()], 1)
+    await book.release("a")
+    await book.release("b")
+    await book.claim("c", [lun()], 1)
+    with pytest.raises(InUse):
+        await book.claim("a", [lun(reservations=True)], 1)

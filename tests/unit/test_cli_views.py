@@ -6,9 +6,11 @@ import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import click
 import pytest
 
-from hostler.cli import output, progress, views
+from hostler.cli import output, pool_views, progress, views
+from hostler.cli.commands import pool as pool_commands
 from hostler.cli.commands.disk import attached
 from hostler.cli.commands.vm_move import moved
 from hostler.cli.output import plain
@@ -21,6 +23,7 @@ from hostler.model.job import Job, JobState, JobStep, Progress, StepState
 from hostler.model.limits import PROFILES, Profile
 from hostler.model.migration import Blocker, BlockerKind, MigrationProgress, MigrationSettings
 from hostler.model.nic import Network, Nic
+from hostler.model.pool import Features, Found, Leftover, PoolKind, PoolState, PoolView, Refused, ScanReport
 from hostler.model.principal import Role
 from hostler.model.problem import Problem
 from hostler.model.units import GiB, MiB
@@ -238,3 +241,40 @@ def test_plans() -> None:
     assert views.plan(one(blocked), "web1", "beta") == (
         "move of vm web1 to host beta (live): not possible\n  no-tpm: no swtpm\n    install it"
     )
+
+
+def test_pools() -> None:
+    san = PoolView(
+        name="san", kind=PoolKind.ISCSI, portals=("h:3260", "i:3260"), target="iqn.x:t", chap_user="u",
+        has_secret=True, state=PoolState.UNREACHABLE, text="does not answer",
+    )  # fmt: skip
+    fast = PoolView(
+        name="fast", kind=PoolKind.DIRECTORY, path="/p", state=PoolState.LOW, capacity=4 * GiB, free=GiB, allocated=MiB,
+        promised=8 * GiB, volumes=2, latency=0.0012, warnings=("may grow",),
+        features=Features(kind="ext4", fallocate=True, punch_hole=True, direct=True, acl=True),
+    )  # fmt: skip
+    listed = pool_views.pools(as_json(fast, san))
+    assert listed.rows == (
+        ("fast", "low", "directory", "4 GiB", "1 GiB", "1 MiB", "8 GiB", "2", "/p", "may grow"),
+        ("san", "unreachable", "iscsi", "-", "-", "0 B", "0 B", "0", "iqn.x:t at h:3260, i:3260", "does not answer"),
+    )
+    assert plain(listed).startswith("NAME  STATE")
+    shown = facts(pool_views.pool(one(fast)))
+    assert shown["latency"] == "1.2 ms" and shown["warning"] == "may grow"
+    assert shown["it cannot"] == "instant copies (reflink)"
+    assert facts(pool_views.pool(one(san)))["state"] == "unreachable: does not answer"
+    report = ScanReport(
+        pool="fast", unknown=(Found(name="a", path="/p/a", size=MiB),), missing=("gone",), deleted=("/p/.x",),
+        leftovers=(Leftover(path="/p/.x", size=MiB, age=9999),), refused=(Refused(path="/p/t", why="is a text"),),
+        dry_run=True,
+    )  # fmt: skip
+    [table] = pool_views.scan(one(report)).tables
+    assert [row[0] for row in table.rows] == ["in no record", "missing", "would be deleted", "no volume: is a text"]
+    assert "everything is as recorded" in dict(pool_views.scan(one(ScanReport(pool="p"))).facts).values()
+
+
+def test_every_argument_of_a_pool_command_is_one() -> None:
+    """Options and arguments may share a name; what stands without dashes must be taken as an argument."""
+    for name in ("show", "change", "delete", "scan"):
+        command = getattr(pool_commands, f"{name}_")
+        assert [p.name for p in command.params if isinstance(p, click.Argument)] == ["pool"], name

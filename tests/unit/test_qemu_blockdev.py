@@ -151,8 +151,8 @@ def test_a_disk_with_reservations_is_the_device_itself() -> None:
         "lun": 4,
         "drive": "root",
         "bootindex": 2,
-        "werror": "stop",
-        "rerror": "stop",
+        "werror": "report",
+        "rerror": "report",
     }
 
 

@@ -16,6 +16,6 @@ JOB = click.argument("job", shell_complete=completing.job_ids)
 WAIT = click.option("--wait/--no-wait", default=True, help="Wait until it is done (default), or print the job and go.")
 YES = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
-POOL = click.option(
+IN_POOL = click.option(
     "--pool", metavar="POOL", shell_complete=completing.pool_names, help="Pool to make it in [default]."
 )

@@ -55,7 +55,8 @@ async def _claimed(host: Host, config: VmConfig) -> dict[str, str]:
     found: dict[str, str] = {}
     for disk, layer in [(d, s) for d in config.disks for s in d.source.layers() if s.kind is not SourceKind.EMPTY]:
         for claim in await host.claims.on(layer.path, layer.identity):
-            if claim.vm != config.id and (claim.write or (disk.writes and layer is disk.source)):
+            settled = claim.shared and disk.reservations
+            if claim.vm != config.id and not settled and (claim.write or (disk.writes and layer is disk.source)):
                 holder = host.actors.get(claim.vm)
                 found[layer.path] = holder.record.name if holder else claim.vm
     return found

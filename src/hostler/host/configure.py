@@ -143,6 +143,7 @@ def next_disk(host: Host, record: VmRecord, request: DiskAdd, source: DiskSource
             read_only=request.read_only or request.media is Media.CDROM,
             cache=request.cache,
             discard=request.discard,
+            reservations=request.reservations,
             serial=request.serial or f"HL{token[:12].upper()}",
             wwn=(0x5 << 60) | int(token, 16) >> 4,
         )

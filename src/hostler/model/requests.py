@@ -40,6 +40,9 @@ class DiskAdd(Input):
     cache: CacheMode = CacheMode.NONE
     discard: bool = True
     serial: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,36}$")] | None = None
+    reservations: bool = False
+    """The guest talks to the device or LUN itself, with SCSI-3 persistent reservations; a LUN may then be a disk of
+    several VMs that all do so (a cluster)."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -69,8 +69,9 @@ class Volume(Record):
 class Claim(Record):
     """Who may open a volume or device, kept by real path so that two names of one file are one claim.
 
-    Any number of readers, or exactly one writer. `generation` is the owner VM's generation when the claim was made:
-    a later owner replaces an earlier one, never the other way round.
+    Any number of readers, or exactly one writer; or any number of VMs that are `shared` on it: their guests agree among
+    themselves who writes, by the LUN's persistent reservations. `generation` is the owner VM's generation when the
+    claim was made: a later owner replaces an earlier one, never the other way round.
     """
 
     path: str
@@ -78,3 +79,4 @@ class Claim(Record):
     disk: str
     write: bool
     generation: int
+    shared: bool = False

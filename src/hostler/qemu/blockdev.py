@@ -209,7 +209,8 @@ def _passed_through(disk: Disk) -> Options:
     layer: no job, no bitmap and no limit sees it."""
     place = {key: value for key, value in _scsi_place(disk).items() if key != "device_id"}
     boot = {} if disk.boot_index is None else {"bootindex": disk.boot_index}
-    errors: Options = {"werror": "stop", "rerror": "stop"}
+    # A reservation conflict is news for the guest; QEMU 7.2 would stop it, as for a failing disk.
+    errors: Options = {"werror": "report", "rerror": "report"}
     return {"driver": "scsi-block", "id": device_id(disk), **place, "drive": node_name(disk), **boot, **errors}
 
 

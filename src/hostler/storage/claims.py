@@ -1,4 +1,5 @@
-"""Who may open a volume or device: any number of readers, or exactly one writer.
+"""Who may open a volume or device: any number of readers, or exactly one writer. (Or several VMs whose guests settle it
+among themselves, by the reservations of a LUN.)
 
 Of a disk with several layers the top one is claimed for writing, those below for reading: two VMs may build on one
 base.
@@ -257,7 +258,7 @@ class ClaimBook:
                 "let the VM's present owner act",
             )
         others = tuple(c for c in claims if c is not mine)
-        self.refuse([c for c in others if c.write or new.write], subject)
+        self.refuse([c for c in others if (c.write or new.write) and not (c.shared and new.shared)], subject)
         return (*others, new)
 
     async def _held(self, path: str) -> _Held:
@@ -284,7 +285,8 @@ def _wanted(vm: str, disks: Iterable[Disk], generation: int) -> dict[str, list[t
                 continue
             path = thing_of(layer)
             write = disk.writes and layer is disk.source
-            claim = Claim(path=path, vm=vm, disk=disk.id, write=write, generation=generation)
+            shared = disk.reservations and layer.networked  # of a local device QEMU's lock allows one writer
+            claim = Claim(path=path, vm=vm, disk=disk.id, write=write, generation=generation, shared=shared)
             wanted.setdefault(path, []).append((claim, f"{layer.kind} {layer.path}"))
     return wanted
 

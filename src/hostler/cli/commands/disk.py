@@ -67,6 +67,7 @@ def list_(settings: Settings, vm: str) -> None:
 @click.option("--cache", type=click.Choice(["none", "writeback", "writethrough"]), help="How the host caches [none].")
 @click.option("--no-discard", is_flag=True, help="Do not give back what the guest trims.")
 @click.option("--serial", metavar="TEXT", help="Serial number the guest sees.")
+@click.option("--reservations", is_flag=True, help="The guest reserves the device or LUN itself (SCSI-3).")
 @options.DRY_RUN
 @options.WAIT
 @click.pass_obj
@@ -103,6 +104,7 @@ def _disk(vm: str, given: dict[str, Any], **source: Any) -> Any:
         DiskAdd,
         f"disk for vm {vm}",
         read_only=given["read_only"] or None,
+        reservations=given["reservations"] or None,
         discard=False if given["no_discard"] else None,
         **{key: given[key] for key in ("bus", "controller", "unit", "media", "cache", "serial")},
         **source,

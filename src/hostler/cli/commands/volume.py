@@ -14,7 +14,7 @@ NAMES = ("list", "show", "create", "import", "register", "delete")
 WORK = ("inspect", "validate", "checksum", "grow", "shrink", "convert", "compact", "clone")
 FORMAT = click.option("--format", type=click.Choice(parsing.FORMATS), help="Format of the volume [qcow2].")
 WHERE = click.option("--path", metavar="PATH", help="Where its file goes (default: into the pool).")
-POOL = options.POOL
+POOL = options.IN_POOL
 PREALLOCATE = click.option(
     "--preallocate",
     type=click.Choice(["off", "metadata", "full"]),

@@ -106,7 +106,7 @@ def shrink_(
 @click.option("--name", metavar="NAME", help="Make a new volume of that name; this one stays as it is.")
 @click.option("--replace", is_flag=True, help="In its own place: it keeps its name, and its old file goes.")
 @click.option("--to", "path", metavar="PATH", help="Where the new file goes.")
-@options.POOL
+@options.IN_POOL
 @options.WAIT
 @click.pass_obj
 def convert_(
@@ -155,7 +155,7 @@ def compact_(settings: Settings, volume: str, in_place: bool, wait: bool) -> int
 @options.VOLUME
 @click.argument("name")
 @click.option("--path", metavar="PATH", help="Where its file goes.")
-@options.POOL
+@options.IN_POOL
 @options.WAIT
 @click.pass_obj
 def clone_(settings: Settings, volume: str, name: str, path: str | None, pool: str | None, wait: bool) -> int:
