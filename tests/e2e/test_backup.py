@@ -3,6 +3,7 @@ killed and disks full in the middle; each brought back and compared with what th
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -152,6 +153,22 @@ def test_qemu_reads_the_files_as_they_are(written: Written) -> None:
         assert done.returncode == 0, done.stderr + done.stdout
 
 
+def test_other_programs_read_a_backup_over_nbd(written: Written) -> None:
+    written.begin()
+    written.write(18, 5 * MiB + 512 * KiB)
+    backup = written.back_up()
+    job = written.user("backup", "export", f"{written.directory}/{backup['id']}")
+    uri = job["progress"]["detail"]["exports"][written.disk_id("qcow2")]
+    told = subprocess.run(
+        ["nbdinfo", "--json", "--map=qemu:allocation-depth", uri], capture_output=True, text=True, check=True
+    )
+    changed = [(e["offset"], e["length"]) for e in json.loads(told.stdout) if e["type"] == 1]
+    assert (5 * MiB + 512 * KiB, PIECE) in changed
+    written.user("backup", "export-end", job["id"])
+    assert written.user.run("job", "watch", job["id"]).returncode != 0
+    assert subprocess.run(["nbdinfo", uri], capture_output=True, check=False).returncode != 0
+
+
 def test_a_whole_vm_comes_back_with_its_journal(written: Written) -> None:
     async def acknowledged(serial: GuestSerial) -> int:
         return (await serial.pattern_status()).acked
@@ -173,6 +190,20 @@ def test_a_whole_vm_comes_back_with_its_journal(written: Written) -> None:
     user("vm", "turn-off", "again")
     user("vm", "delete", "again", "--disks", "--yes")
     written.guest.check(host)
+
+
+def test_checkpoints_come_and_go_between_backups(written: Written) -> None:
+    written.begin()
+    written.write(15, 3 * MiB + 512 * KiB)
+    written.user("checkpoint", "create", "guest", "--name", "between")
+    written.write(16, 3 * MiB + 640 * KiB)
+    above = written.back_up()
+    written.write(17, 3 * MiB + 768 * KiB)
+    written.user("checkpoint", "delete", "guest", "between", "--yes")
+    merged = written.back_up()
+    assert kinds(written, above) == kinds(written, merged) == {"qcow2": False, "raw": False}
+    written.require(merged["id"], written.expected())
+    written.guest.check(written.host)
 
 
 def test_a_daemon_killed_in_the_copy_goes_on_and_nothing_is_lost(written: Written) -> None:

@@ -15,7 +15,7 @@ from hostler.client import answers, calls
 from hostler.client.answers import Model
 from hostler.client.target import Target, default_socket, find_target
 from hostler.identity.authorize import TABLE
-from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
+from hostler.model.backup_requests import BackupChoice, BackupExport, BackupList, BackupPrune, BackupRestore, BackupRun
 from hostler.model.chain import ChainRequest, FlattenRequest
 from hostler.model.checkpoint_requests import CheckpointApply, CheckpointChange, CheckpointClone, CheckpointCreate
 from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
@@ -239,6 +239,7 @@ def every_call() -> list[calls.Call[Any]]:
         calls.volume_delete(volume), calls.volume_details(volume),
         *(calls.volume_act(volume, action) for action in calls.VOLUME_ACTIONS),
         calls.backup_run(vm, BackupRun(directory="/d")), calls.backups(BackupList()), calls.backup(a_backup()),
+        calls.backup_export(BackupExport(directory="/d", backup="2026")),
         calls.backup_verify(a_backup()), calls.backup_delete(a_backup()),
         calls.backup_restore(BackupRestore(directory="/d", backup="2026", vm="n")),
         calls.backup_prune(BackupPrune(directory="/d", keep=1)),

@@ -87,6 +87,13 @@ def restored(job: Json) -> str:
     return "\n".join([text, *(f"note: {line}" for line in result.get("changed") or [])])
 
 
+def exported(job: Json) -> Facts:
+    """Where a backup is served."""
+    exports = job["progress"]["detail"]["exports"]
+    table = Table(("DISK", "ADDRESS"), tuple((disk, str(uri)) for disk, uri in exports.items()))
+    return Facts((("job", f"{job['id']} (end it with: hostler backup export-end {job['id'][:8]})"),), (table,))
+
+
 def deleted(found: Json, dry_run: bool) -> Facts:
     """What was deleted."""
     return Facts((("would be deleted" if dry_run else "deleted", "\n".join(found["removed"])),))

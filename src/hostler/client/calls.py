@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from hostler.model.backup import BackupView, Pruned
-    from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
+    from hostler.model.backup_requests import (
+        BackupChoice,
+        BackupExport,
+        BackupList,
+        BackupPrune,
+        BackupRestore,
+        BackupRun,
+    )
     from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
     from hostler.model.checkpoint import CheckpointView
     from hostler.model.checkpoint_requests import (
@@ -351,6 +358,10 @@ def backup_verify(request: BackupChoice, *, wait: float = 0.0) -> Call[Job]:
 
 def backup_restore(request: BackupRestore, *, wait: float = 0.0) -> Call[Job]:
     return Call("POST", "/v1/backups/restore", answers.JOB, _query(wait), request, wait)
+
+
+def backup_export(request: BackupExport, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", "/v1/backups/export", answers.JOB, _query(wait), request, wait)
 
 
 def backup_delete(request: BackupChoice, *, dry_run: bool = False) -> Call[Deleted]:

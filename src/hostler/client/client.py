@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from hostler.model.backup import BackupView, Pruned
-    from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
+    from hostler.model.backup_requests import (
+        BackupChoice,
+        BackupExport,
+        BackupList,
+        BackupPrune,
+        BackupRestore,
+        BackupRun,
+    )
     from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
     from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
@@ -255,6 +262,10 @@ class Backups:
 
     def restore(self, request: BackupRestore, *, wait: float = 0.0) -> Job:
         return self._send(calls.backup_restore(request, wait=wait))
+
+    def export(self, request: BackupExport) -> Job:
+        """The job goes on; its progress has the addresses."""
+        return self._send(calls.backup_export(request))
 
     def delete(self, request: BackupChoice, *, dry_run: bool = False) -> Deleted:
         return self._send(calls.backup_delete(request, dry_run=dry_run))

@@ -15,6 +15,7 @@ from hostler.cluster.migrations import MigrationService
 from hostler.cluster.peers import PeerBook, PeerLink
 from hostler.host.actor import VmActor
 from hostler.host.adoption import Adoption, autostart
+from hostler.host.backup_exports import EXPORT
 from hostler.host.backups import KINDS as BACKUP_JOBS
 from hostler.host.backups import Backups
 from hostler.host.checkpoint_book import CheckpointBook
@@ -187,7 +188,7 @@ def build_application(parts: Parts) -> Application:
             host,
             roster,
             {**OPERATIONS, migrations.operation.kind: migrations.operation},
-            {IMPORT: imports.recover, **dict.fromkeys(BACKUP_JOBS, backups.recover)},
+            {IMPORT: imports.recover, **dict.fromkeys((*BACKUP_JOBS, EXPORT), backups.recover)},
         ),
         roster=roster,
         volume_service=host.volumes.service,

@@ -11,6 +11,7 @@ import structlog
 from pydantic import JsonValue
 
 from hostler.host import backup_trail
+from hostler.host.backup_exports import EXPORT, plan_export
 from hostler.host.context import Host
 from hostler.host.operations import restore_backup
 from hostler.host.operations.backup import OPERATION
@@ -27,7 +28,7 @@ from hostler.model.backup import (
     require_unneeded,
     restorable,
 )
-from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
+from hostler.model.backup_requests import BackupChoice, BackupExport, BackupList, BackupPrune, BackupRestore, BackupRun
 from hostler.model.base import utc_now
 from hostler.model.errors import AlreadyExists, HostlerError, NotFound
 from hostler.model.job import Job, Progress
@@ -118,6 +119,16 @@ class Backups:
             context.result({"backup": backup.id, "blocks": blocks, "files": len(links)})
 
         return Plan(VERIFY, backup_id, backup_id, (Step("verify", do),), params=params)
+
+    async def export(self, request: BackupExport, by: str) -> Job:
+        """Begin to serve a backup over NBD; the job's progress has the addresses, cancelling it ends them."""
+        backup = await self._find(request)
+        params: dict[str, JsonValue] = {
+            "directory": request.directory,
+            "backup": backup.id,
+            "timeout": request.timeout,
+        }
+        return await self._host.jobs.start(plan_export(self._host, params), by)
 
     # removing
 
@@ -221,6 +232,8 @@ class Backups:
             await recover_volume(self._host, job)
         elif job.kind == RESTORE:
             self._host.jobs.unwind(plan_vm(self._host, self._vms, job.target, job.params), job)
+        elif job.kind == EXPORT:
+            self._host.jobs.unwind(plan_export(self._host, job.params), job)
         else:
             self._host.jobs.resume(self.plan_verify(job.params), job, "verify")
 

@@ -109,6 +109,7 @@ TABLE: dict[str, Rule] = {
     "POST /v1/backups/show": _P.CONFIGURE,
     "POST /v1/backups/verify": _P.CONFIGURE,
     "POST /v1/backups/restore": _P.CONFIGURE,
+    "POST /v1/backups/export": _P.CONFIGURE,
     "POST /v1/backups/delete": _P.CONFIGURE,
     "POST /v1/backups/prune": _P.CONFIGURE,
     # writes to any directory that the daemon can write to, as a volume with a path does

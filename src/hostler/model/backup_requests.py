@@ -49,6 +49,12 @@ class BackupChoice(Input):
     backup: BackupRef
 
 
+class BackupExport(BackupChoice):
+    """Serve one backup over NBD, for `timeout` seconds at most."""
+
+    timeout: int = Field(default=3600, ge=1, le=7 * 86_400)
+
+
 class BackupPrune(Input):
     """Keep the newest `keep` backups of each VM (or of one), and what they build on."""
 

@@ -118,7 +118,7 @@ class FakeBlocks:
         return {}
 
     def query_nodes(self) -> JsonValue:
-        return [{"node-name": name, "file": node.file, "drv": "raw"} for name, node in self._nodes.items()]
+        return [{"node-name": name, "file": node.file, "drv": "raw", "ro": False} for name, node in self._nodes.items()]
 
     def query_block(self) -> JsonValue:
         return [

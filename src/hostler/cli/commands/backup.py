@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from typing import Any
 
 import click
@@ -11,16 +13,19 @@ import click
 from hostler.cli import backup_views, options, output, parsing
 from hostler.cli.lazy import Command, LazyGroup
 from hostler.cli.settings import Settings
-from hostler.cli.waiting import run_job
+from hostler.cli.waiting import ENDED, run_job
 from hostler.client import calls
 from hostler.model.errors import InvalidInput
+from hostler.model.problem import Problem
 
-NAMES = ("run", "list", "show", "verify", "restore", "delete", "prune")
+NAMES = ("run", "list", "show", "verify", "export", "export-end", "restore", "delete", "prune")
 BACKUP = click.argument("backup", metavar="DIR/ID")
+LOOK = 0.1
+"""Seconds between two looks whether an export is there."""
 _VM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-@click.group("backup", cls=LazyGroup, lazy={name: f"backup:{name}_" for name in NAMES})
+@click.group("backup", cls=LazyGroup, lazy={name: f"backup:{name.replace('-', '_')}_" for name in NAMES})
 def group() -> None:
     """Backups of VMs in a directory of the host.
 
@@ -83,6 +88,42 @@ def show_(settings: Settings, backup: str) -> None:
 def verify_(settings: Settings, backup: str, wait: bool) -> int:
     """Read a backup and everything it builds on, and check every block."""
     return run_job(settings, calls.backup_verify(_choice(backup)), wait=wait, done=f"backup {backup} is sound")
+
+
+@click.command("export", cls=Command)
+@BACKUP
+@click.option("--timeout", type=click.IntRange(1), metavar="SECONDS", help="When it ends at the latest [3600].")
+@click.pass_obj
+def export_(settings: Settings, backup: str, timeout: int | None) -> None:
+    """Serve a backup over NBD, for programs on the host: each disk whole, read-only, on a unix socket.
+
+    What changed in this backup is told by the metadata context qemu:allocation-depth (depth 1).
+
+    \b
+    hostler backup export /srv/backups/20261124T101530Z-0a1b2c3d
+    """
+    from hostler.model.backup_requests import BackupExport  # noqa: PLC0415
+
+    directory, name = _split(backup)
+    said = {} if timeout is None else {"timeout": timeout}
+    request = parsing.request(BackupExport, f"backup {backup!r}", directory=directory, backup=name, **said)
+    job = json.loads(settings.client.raw(calls.backup_export(request)))
+    while not (job["progress"]["detail"].get("exports") or job["state"] in ENDED):
+        time.sleep(LOOK)
+        content = settings.client.raw(calls.job(job["id"]))
+        job = json.loads(content)
+    if job["error"]:
+        raise Problem.model_validate(job["error"]).to_error()
+    output.show(settings, json.dumps(job).encode(), backup_views.exported)
+
+
+@click.command("export-end", cls=Command)
+@options.JOB
+@click.pass_obj
+def export_end_(settings: Settings, job: str) -> None:
+    """End an export: its job is cancelled, and the sockets go."""
+    content = settings.client.raw(calls.job_cancel(job))
+    output.show_or_say(settings, content, "the export ends")
 
 
 @click.command("restore", cls=Command)

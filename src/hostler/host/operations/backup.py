@@ -169,9 +169,11 @@ def snapshot(work: _Work) -> Step:
     async def undo(context: JobContext) -> None:
         there = work.is_there()
         if actor.machine is not None:
-            await _keep_nothing(work, context)
-            if context.job.data.get("freezing"):
-                await _thaw(actor)
+            try:
+                await _keep_nothing(work, context)
+            finally:
+                if context.job.data.get("freezing") and actor.machine is not None:
+                    await _thaw(actor)
         if actor.machine is not None and not there:
             await actor.machine.blocks.drop_bitmaps(work.disks, bitmap_name(work.id))
             await forget_bitmap(work.host.store, work.vm, bitmap_name(work.id))

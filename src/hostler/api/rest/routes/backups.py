@@ -7,7 +7,7 @@ from hostler.api.rest.routes.vms import DryRun, VmRef
 from hostler.api.rest.routes.waiting import JOB_ANSWERS, Answer
 from hostler.api.rest.state import App, By
 from hostler.model.backup import BackupView, Pruned
-from hostler.model.backup_requests import BackupChoice, BackupList, BackupPrune, BackupRestore, BackupRun
+from hostler.model.backup_requests import BackupChoice, BackupExport, BackupList, BackupPrune, BackupRestore, BackupRun
 from hostler.model.job import Job
 from hostler.model.views import Deleted
 
@@ -42,6 +42,12 @@ async def verify_backup(request: BackupChoice, app: App, by: By, answer: Answer)
 async def restore_backup(request: BackupRestore, app: App, by: By, answer: Answer) -> Job:
     """Bring a backup back: as a new VM, as the VM it was made of, or as one volume."""
     return await answer.answer(await app.backups.restore(request, by))
+
+
+@router.post("/backups/export", responses=JOB_ANSWERS)
+async def export_backup(request: BackupExport, app: App, by: By, answer: Answer) -> Job:
+    """Serve a backup over NBD for other programs; the job's progress has the addresses, cancelling it ends them."""
+    return await answer.answer(await app.backups.export(request, by))
 
 
 @router.post("/backups/delete")
