@@ -16,7 +16,22 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 DEMO = (sys.executable, "-m", "hostler.testing.demo", "--memory", "128M")
-FIGURES = {"start", "first_word", "move_there", "hot_add", "move_back", "hot_remove", "pause", "answered", "shutdown"}
+FIGURES = {
+    "start",
+    "first_word",
+    "move_there",
+    "hot_add",
+    "disk_move",
+    "disk_grow",
+    "checkpoint",
+    "backup",
+    "merge",
+    "move_back",
+    "hot_remove",
+    "pause",
+    "answered",
+    "shutdown",
+}
 
 
 def traces() -> set[str]:
