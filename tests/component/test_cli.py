@@ -257,6 +257,10 @@ def test_volume_commands(run: Run, host: RunningHost) -> None:
     assert "path       /srv/old" in ok(run("volume", "register", "old", "/srv/old", "--format", "raw"))
     assert "format     qcow2" in ok(run("volume", "inspect", "/x"))
     assert "20 GiB (21474836480 bytes)" in ok(run("volume", "show", "data"))
+    chain = ok(run("volume", "chain", "/srv/x.avhd", "--search", "/srv"))
+    assert "missing: builds on nothing" in chain and "-> find it" in chain
+    assert "volume flat is made from /srv/x.avhd" in ok(run("volume", "flatten", "/srv/x.avhd", "flat", "--size", "2G"))
+    ok(run("volume", "delete", "flat", "--yes"))
     assert ok(run("volume", "list", "-q")) == "copy\ndata\nold\n"
     assert (
         ok(run("volume", "delete", "data", "--dry-run"))

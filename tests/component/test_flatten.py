@@ -18,7 +18,7 @@ import pytest
 
 from hostler.model.chain import ChainRequest, FlattenRequest
 from hostler.model.disk import ImageFormat
-from hostler.model.errors import AlreadyExists, BadImage, InUse, InvalidInput
+from hostler.model.errors import AlreadyExists, BadImage, Busy, InUse, InvalidInput, NotPermitted
 from hostler.model.job import Job, JobState
 from hostler.model.links import LinkState
 from hostler.model.units import MiB
@@ -26,6 +26,7 @@ from hostler.model.volume import VolumeState
 from hostler.storage.chains.flatten import PROGRAM, flatten
 from hostler.storage.chains.journal import journal_of, read_journal
 from hostler.storage.formats import SUFFIX, recognise
+from hostler.storage.reserved import Reservations
 from hostler.testing.hyperv_vhd import fixed
 from hostler.testing.inprocess import Node, Site, short_directory
 
@@ -253,6 +254,29 @@ async def test_names_that_are_taken(node: Node, tmp_path: Path, export: Path) ->
     assert again.state is JobState.FAILED
     assert (await node.application.volumes.get("whole")).state is VolumeState.READY
     assert sorted(images.names(tmp_path)) == ["export", "mine.raw"]
+
+
+async def test_what_a_job_could_not_remove_is_deleted_by_hand(
+    node: Node, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top, _ = chain_images.vhd_chain(export)
+    hang = node.faults.hang("volume.flatten/copy:after")
+    job = await begin(node, top)
+    await asyncio.wait_for(hang.reached.wait(), 60)
+    with pytest.raises(Busy):
+        await node.application.volumes.delete("whole", "test")
+
+    async def refused(*_: object) -> None:
+        raise NotPermitted("directory", "is mounted read-only now")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Reservations, "give_up", refused)
+        await node.application.jobs.cancel(job.id, "test")
+        await node.finish(job)
+    assert [volume.state for volume in await node.application.volumes.list()] == [VolumeState.CREATING]
+    await node.application.volumes.delete("whole", "test")
+    assert await node.application.volumes.list() == []
+    assert traces(node) == []
 
 
 EDGES = [f"volume.flatten/{step}:{edge}" for step in ("reserve", "copy", "finish") for edge in ("before", "after")]

@@ -20,6 +20,7 @@ from hostler.model.errors import InvalidInput
 from hostler.model.job import Job, Progress, StepState
 from hostler.model.names import new_id
 from hostler.model.units import format_size
+from hostler.model.volume import Volume
 from hostler.storage.chain_exports import search_of
 from hostler.storage.chains.chain import open_chain
 from hostler.storage.chains.flatten import flatten
@@ -68,6 +69,10 @@ class Chains:
         except BaseException:
             await self._claims.let_go(job_id)
             raise
+
+    async def give_up(self, volume: Volume) -> None:
+        """Remove what a job has left of a volume that it did not finish."""
+        await self._reservations.give_up(volume.job, volume.name)
 
     async def recover(self, job: Job) -> None:
         """Go on with an interrupted flattening, at the first step that was not done."""

@@ -170,7 +170,10 @@ class Volumes:
             kept=(volume.path,) if keep_file else (),
         )
         if not dry_run:
-            await self.service.delete(volume.name, keep_file=keep_file)
+            if volume.job and not self._jobs.is_under_way(volume.job):
+                await self.chains.give_up(volume)  # its job is over, and could not remove it then
+            else:
+                await self.service.delete(volume.name, keep_file=keep_file)
             self._events.publish("volume", volume.name, None)
             log.info("volume.deleted", name=volume.name, path=volume.path, by=by, kept=keep_file)
         return outcome
