@@ -238,6 +238,12 @@ def test_an_exported_folder(tmp_path: Path, form: str) -> None:
     assert find(found.description).machine == found.machine
 
 
+def test_an_exp_with_the_content_of_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "a.exp").write_bytes(made.xml(Machine(name="either")))
+    found = find(str(tmp_path))
+    assert (found.machine.name, found.machine.kind) == ("either", ForeignKind.HYPER_V_XML)
+
+
 def test_a_bare_configuration_beside_its_disks(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_bytes(made.xml(Machine(ide={(0, 0): Drive("\\\\server\\share\\b.vhd")})))
     (tmp_path / "b.vhd").write_bytes(b"x")

@@ -130,6 +130,19 @@ def test_names_that_are_paths_are_refused(tmp_path: Path, name: str) -> None:
         listed(data)
 
 
+def test_an_archive_packed_with_a_dot(tmp_path: Path) -> None:
+    """As `tar cf web.ova ./*` and `tar cf web.ova .` make it."""
+    path = tmp_path / "web.ova"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        member = tarfile.TarInfo("./web.ovf")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    assert [(m.name, m.size) for m in listed(path.read_bytes())] == [("web.ovf", 3)]
+
+
 def test_links_and_damage_in_an_archive_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.ova"
     with tarfile.open(path, "w") as tar:

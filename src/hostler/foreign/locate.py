@@ -128,7 +128,7 @@ def _read_hyper_v(path: str) -> tuple[ForeignMachine, bool]:
     if vmcx.is_vmcx(data):
         found = vmcx.read_vmcx(data, path)
         return machine_of(found.root, ForeignKind.HYPER_V_VMCX, name), found.log_pending
-    if path.lower().endswith(".exp") or (hyperv_exp.is_exp(data) and not hyperv_xml.is_configuration(data)):
+    if hyperv_exp.is_exp(data) and not hyperv_xml.is_configuration(data):  # an .exp may be either
         return hyperv_exp.read_exp(data, path, name), False
     return machine_of(hyperv_xml.read_configuration(data, path), ForeignKind.HYPER_V_XML, name), False
 

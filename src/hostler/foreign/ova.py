@@ -18,6 +18,8 @@ from hostler.foreign.errors import bad_description
 
 BLOCK = 512
 MAX_MEMBERS = 1024
+MAX_HEADERS = 8 * MAX_MEMBERS
+"""Headers of all kinds, also of what is left out."""
 MAX_EXTENDED = 64 * 1024
 """Bytes of a long name or pax header."""
 _PAX = re.compile(rb"\d+ (path|size)=([^\n]*)\n")
@@ -42,8 +44,8 @@ def is_tar(head: bytes) -> bool:
 
 
 def list_members(read: Reader, size: int, path: str) -> list[Member]:
-    """The files of an archive of `size` bytes. InvalidInput for links, devices, directories with files in them, names
-    that are paths, twice the same name, and whatever is cut off."""
+    """The files of an archive of `size` bytes. InvalidInput for links, devices, names that are paths, twice the same
+    name, and whatever is cut off."""
     found: list[Member] = []
     for member in _members(read, size, path):
         if os.path.basename(member.name) != member.name or member.name in ("", ".", "..") or "\0" in member.name:
@@ -57,9 +59,12 @@ def list_members(read: Reader, size: int, path: str) -> list[Member]:
 
 
 def _members(read: Reader, size: int, path: str) -> Iterator[Member]:
-    at, name, length = 0, "", None
+    at, name, length, headers = 0, "", None, 0
     while at + BLOCK <= size:
         header = read(at, BLOCK)
+        headers += 1
+        if headers > MAX_HEADERS:
+            raise bad_description(path, f"has more than {MAX_HEADERS} headers")
         if len(header) < BLOCK or header.count(0) == BLOCK:
             return
         _check(header, path)
@@ -71,13 +76,16 @@ def _members(read: Reader, size: int, path: str) -> Iterator[Member]:
         if kind in (b"L", b"x", b"g"):
             name, length = _extended(kind, _bounded(read, content, stored, path), name, length, path)
             continue
+        if kind == b"5":  # a folder: nothing is unpacked, so it is nothing
+            name, length = "", None
+            continue
         if kind not in (b"0", b"\0", b"7"):
             raise bad_description(
                 path, f"has something in it that is no plain file (tar type {kind!r})", "pack only the OVF's files"
             )
         if length is not None and length != stored:
             raise bad_description(path, "has a file with two sizes", "pack it again")
-        yield Member(name or _name(header), content, stored)
+        yield Member((name or _name(header)).removeprefix("./"), content, stored)
         name, length = "", None
 
 
