@@ -17,7 +17,7 @@ from bench.libvirt import ASKED
 from bench.measure import ROUNDS, Result, table
 from hostler.model.errors import HostlerError
 
-NAMES = ("start", "hotadd", "flatten", "migrate", "cli", "idle")
+NAMES = ("start", "hotadd", "flatten", "migrate", "cli", "idle", "convert")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -58,6 +58,12 @@ OF_THE_BASE_SYSTEM = {
     "setpriv",
     "prlimit",
     "stdbuf",
+    "cp",
+    "dd",
+    "kill",
+    "sha256sum",
+    "sync",
+    "tee",
     "unshare",
     "nsenter",
 }

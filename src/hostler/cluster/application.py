@@ -208,7 +208,7 @@ def _build_host(parts: Parts) -> Host:
         PoolBook(parts.store), service, events, parts.paths.volumes, parts.facts.id, lambda: _paths_in_use(actors)
     )
     places = Places(pools, service, lambda: _paths_in_use(actors))
-    changes = VolumeChanges(parts.store, service, parts.image)
+    changes = VolumeChanges(parts.store, service, service.image)
     work = VolumeWork(Tools(changes, VolumeUsers(actors, claims, service), events), claims, jobs, pools, places)
     return Host(
         paths=parts.paths,

@@ -24,6 +24,7 @@ from hostler.daemon.lock import RunLock
 from hostler.hardware.facts import MachineFacts, read_facts
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.paths import Paths
+from hostler.host.readers import Readers
 from hostler.host.steps import StepHook
 from hostler.identity.audit import AuditTrail
 from hostler.identity.certificates import HostIdentity, load_or_create
@@ -36,6 +37,7 @@ from hostler.model.host import HostFacts
 from hostler.qemu.accelerator import choose
 from hostler.qemu.facts import discover
 from hostler.qemu.machine import QemuHypervisor
+from hostler.storage.qemu_img import QemuImg
 from hostler.store.sqlite import SqliteStore
 
 log = structlog.get_logger()
@@ -93,6 +95,7 @@ async def build(config: Config, hypervisor: Hypervisor | None = None, hooks: Ste
                 address=lambda: config.advertised(listeners.https_address),
                 migration_address=config.migration_address,
                 hook=hooks,
+                image=QemuImg(guard=Readers()) if os.geteuid() == 0 else None,
             )
         )
         parts.push_async_callback(application.close)

@@ -17,6 +17,7 @@ import errno
 import os
 import stat
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Set
 from contextlib import suppress
@@ -39,6 +40,10 @@ _VERSION: Final = 2
 _HEADER: Final = struct.Struct("<I")
 _ENTRY: Final = struct.Struct("<HHI")
 _NO_ID: Final = 0xFFFFFFFF
+
+
+_ONE_AT_A_TIME: Final = threading.Lock()
+"""A list is read, changed and written: two at once would lose one's change."""
 
 
 class Tag(IntEnum):
@@ -116,26 +121,32 @@ def grant(path: str, uid: int, write: bool) -> None:
     """
     wanted = READ | (WRITE if write else 0)
     try:
-        status = os.stat(path)
-        if status.st_uid == uid:
-            return
-        acl = _read(path, status)
-        try:
-            _write(path, with_user(acl, uid, wanted))
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EROFS) or wanted & ~permissions_of(acl, status, uid):
-                raise
+        with _ONE_AT_A_TIME:
+            _grant(path, uid, wanted)
     except OSError as error:
         raise explain(path, error) from error
+
+
+def _grant(path: str, uid: int, wanted: int) -> None:
+    status = os.stat(path)
+    if status.st_uid == uid:
+        return
+    acl = _read(path, status)
+    try:
+        _write(path, with_user(acl, uid, wanted))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EROFS) or wanted & ~permissions_of(acl, status, uid):
+            raise
 
 
 def revoke(path: str, uid: int) -> None:
     """Take a grant back. Harmless when there is none, or when the file is gone."""
     try:
-        before = _read(path, os.stat(path))
-        after = without_user(before, uid)
-        if after != before:
-            _write(path, after)
+        with _ONE_AT_A_TIME:
+            before = _read(path, os.stat(path))
+            after = without_user(before, uid)
+            if after != before:
+                _write(path, after)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -112,7 +112,9 @@ class Content:
 
     async def _fetch(self, run: Sequence[Piece]) -> bytes:
         if self._nbd is None and any(piece.at == ELSEWHERE for piece in run):
-            self._nbd = await self._stack.enter_async_context(NbdImage.of(self.path, self.format, self.size))
+            self._nbd = await self._stack.enter_async_context(
+                NbdImage.of(self.path, self.format, self.size, self._image)
+            )
         return await asyncio.to_thread(lambda: b"".join(map(self._read, run)))
 
     def _read(self, piece: Piece) -> bytes:
@@ -141,16 +143,17 @@ class Content:
         position = 0
         try:
             argv = self._image.map_command(self.path, self.format)
-            async with aclosing(programs.lines(argv, self.path, COPY_BOUNDS)) as found:
-                async for line in found:
-                    piece = _piece(self.path, line, position)
-                    if piece is None:
-                        continue
-                    position += piece.length
-                    batch.append(piece)
-                    if len(batch) >= _BATCH:
-                        yield batch
-                        batch = []
+            with self._image.admit({self.path: False}) as as_user:
+                async with aclosing(programs.lines(argv, self.path, COPY_BOUNDS, as_user)) as found:
+                    async for line in found:
+                        piece = _piece(self.path, line, position)
+                        if piece is None:
+                            continue
+                        position += piece.length
+                        batch.append(piece)
+                        if len(batch) >= _BATCH:
+                            yield batch
+                            batch = []
         except programs.Failed as failed:
             raise explain(f"image {self.path}", failed.outcome, Path(self.path).parent, looking=True) from failed
         if position < self.size:

@@ -7,6 +7,7 @@ newstyle handshake with NBD_OPT_EXPORT_NAME, then read requests and their simple
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import BadImage, TimedOut
 from hostler.storage import programs
-from hostler.storage.qemu_img import COPY_BOUNDS, explain, source_options
+from hostler.storage.qemu_img import COPY_BOUNDS, QemuImg, explain, source_options
 
 START = 30.0
 """Seconds until it answers; it has opened the image by then."""
@@ -41,12 +42,14 @@ class NbdImage:
 
     @staticmethod
     @asynccontextmanager
-    async def of(path: str, format: ImageFormat, size: int) -> AsyncIterator[NbdImage]:
+    async def of(path: str, format: ImageFormat, size: int, opener: QemuImg) -> AsyncIterator[NbdImage]:
         """One while the block runs. BadImage when QEMU does not open the image, or not all of it; InUse, HostLacks."""
-        with tempfile.TemporaryDirectory(prefix="hostler-nbd-") as directory:
+        with tempfile.TemporaryDirectory(prefix="hostler-nbd-") as directory, opener.admit({path: False}) as as_user:
+            if as_user is not None:
+                os.chown(directory, as_user.uid, as_user.uid)
             at = f"{directory}/nbd"
             argv = ["qemu-nbd", "-r", "-k", at, "-e", "1", *source_options(path, format)]
-            async with programs.running(argv, COPY_BOUNDS) as process:
+            async with programs.running(argv, COPY_BOUNDS, as_user) as process:
                 connection = await _connect(path, at, process)
                 with connection:
                     image = NbdImage(path, connection)

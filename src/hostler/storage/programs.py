@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from hostler.model.errors import HostLacks, TimedOut
+from hostler.storage.guard import Admitted
 
 NOT_RUN = (126, 127)
 """How util-linux ends when it cannot execute a program: 127 not found, 126 otherwise (also when it was not found, and a
@@ -51,14 +52,19 @@ class Failed(Exception):
 
 
 async def run(
-    argv: Sequence[str], subject: str, deadline: float | None, bounds: Bounds = Bounds(), on_text: OnText | None = None
+    argv: Sequence[str],
+    subject: str,
+    deadline: float | None,
+    bounds: Bounds = Bounds(),
+    on_text: OnText | None = None,
+    as_user: Admitted | None = None,
 ) -> Outcome:
     """Run to the end. `subject` names in errors what it is about; `on_text` gets standard output as it comes.
 
     HostLacks if the program is missing, TimedOut after `deadline` seconds. The child is dead when this returns or
     raises, also on cancellation.
     """
-    process = await _spawn(argv, bounds)
+    process = await _spawn(argv, bounds, as_user)
     try:
         async with asyncio.timeout(deadline):
             assert process.stdout is not None
@@ -72,13 +78,19 @@ async def run(
         await asyncio.shield(_end(process))
     if status in NOT_RUN and "failed to execute" in err:
         raise _lacks(argv[0])
-    return Outcome(status, out, err)
+    return Outcome(status, out, _said(err, as_user))
 
 
-async def lines(argv: Sequence[str], subject: str, bounds: Bounds = Bounds()) -> AsyncGenerator[str, None]:
+def _said(text: str, as_user: Admitted | None) -> str:
+    return text if as_user is None else as_user.restored(text)
+
+
+async def lines(
+    argv: Sequence[str], subject: str, bounds: Bounds = Bounds(), as_user: Admitted | None = None
+) -> AsyncGenerator[str, None]:
     """Its standard output, line by line as it is read; whoever stops reading ends it. At its end Failed when it did not
     succeed. A line has at most 64 KiB. Errors and guarantees as `run`; close the iterator (aclosing) to be sure."""
-    process = await _spawn(argv, bounds)
+    process = await _spawn(argv, bounds, as_user)
     assert process.stdout is not None
     assert process.stderr is not None
     errors = asyncio.create_task(_read(process.stderr, None))
@@ -95,21 +107,28 @@ async def lines(argv: Sequence[str], subject: str, bounds: Bounds = Bounds()) ->
     if status in NOT_RUN and "failed to execute" in err:
         raise _lacks(argv[0])
     if status:
-        raise Failed(Outcome(status, "", err))
+        raise Failed(Outcome(status, "", _said(err, as_user)))
 
 
 @asynccontextmanager
-async def running(argv: Sequence[str], bounds: Bounds = Bounds()) -> AsyncIterator[asyncio.subprocess.Process]:
+async def running(
+    argv: Sequence[str], bounds: Bounds = Bounds(), as_user: Admitted | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """The program while the block runs; dead afterwards."""
-    process = await _spawn(argv, bounds)
+    process = await _spawn(argv, bounds, as_user)
     try:
         yield process
     finally:
         await asyncio.shield(_end(process))
 
 
-async def _spawn(argv: Sequence[str], bounds: Bounds) -> asyncio.subprocess.Process:
-    wrapper = ["setpriv", "--pdeathsig", "KILL", "prlimit", "--core=0"]
+async def _spawn(argv: Sequence[str], bounds: Bounds, as_user: Admitted | None = None) -> asyncio.subprocess.Process:
+    wrapper = ["setpriv", "--pdeathsig", "KILL"]
+    if as_user is not None:
+        wrapper += ["--reuid", str(as_user.uid), "--regid", str(as_user.uid), "--clear-groups"]
+        wrapper += ["--bounding-set=-all", "--no-new-privs"]
+        argv = as_user.rewritten(argv)
+    wrapper += ["prlimit", "--core=0"]
     if bounds.memory is not None:
         wrapper.append(f"--as={bounds.memory}")
     if bounds.cpu is not None:
@@ -122,6 +141,7 @@ async def _spawn(argv: Sequence[str], bounds: Bounds) -> asyncio.subprocess.Proc
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            pass_fds=() if as_user is None else as_user.fds,
             env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
         )
     except (FileNotFoundError, PermissionError) as error:

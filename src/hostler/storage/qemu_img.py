@@ -13,8 +13,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from hostler.model.image import Preallocation
 from hostler.storage import programs
 from hostler.storage.footer import SECTOR
 from hostler.storage.formats import QEMU_DRIVER
+from hostler.storage.guard import Admitted, Guard
 from hostler.storage.waiting import whole
 
 OnProgress = Callable[[float], None]
@@ -65,8 +66,6 @@ _OPTIONS: dict[ImageFormat, str] = {
     ImageFormat.QCOW2: "compat=1.1,lazy_refcounts=off",
 }
 _BLOCK = {ImageFormat.QCOW2: "cluster_size", ImageFormat.VHDX: "block_size"}
-_QUICKLY = ("-W", "-m", "16")
-"""Out of order, and more pieces at a time than qemu-img's own 8: the target is a new file, whose order nobody needs."""
 _PROGRESS = re.compile(r"\((\d+\.\d+)/100%\)")
 
 
@@ -136,14 +135,33 @@ class Check:
 class QemuImg:
     """The program `binary`. Paths must be absolute: qemu-img takes "nbd:..." or "json:..." for something else."""
 
-    def __init__(self, binary: str = "qemu-img") -> None:
+    def __init__(self, binary: str = "qemu-img", guard: Guard | None = None) -> None:
+        """`guard`: who lets it run as a user of its own (as root); None: as ourselves."""
         self._binary = binary
+        self._guard = guard
+
+    def admit(self, files: Mapping[str, bool]) -> AbstractContextManager[Admitted | None]:
+        """Who a program that reads (True: writes) these images runs as, while the block runs. NotFound, NotPermitted
+        when one cannot be opened."""
+        return nullcontext() if self._guard is None else _admitted(self._guard, files)
+
+    async def _run(
+        self,
+        argv: Sequence[str],
+        subject: str,
+        deadline: float | None,
+        bounds: programs.Bounds,
+        files: Mapping[str, bool],
+        on_text: programs.OnText | None = None,
+    ) -> programs.Outcome:
+        with self.admit(files) as as_user:
+            return await programs.run(argv, subject, deadline, bounds, on_text, as_user)
 
     async def info(self, path: str, format: ImageFormat) -> ImageInfo:
         """Look at an image, also one in use (-U). Opens no backing file. BadImage when QEMU does not open it, its
         subclass LogPending for a VHDX that is sound but has a log."""
         argv = [self._binary, "info", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
-        outcome = await programs.run(argv, f"image {path}", LOOK, LOOK_BOUNDS)
+        outcome = await self._run(argv, f"image {path}", LOOK, LOOK_BOUNDS, {path: False})
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
         return _info(path, outcome.out)
@@ -151,7 +169,7 @@ class QemuImg:
     async def check(self, path: str, format: ImageFormat) -> None:
         """Check an image's own structure: BadImage with the number of errors. Formats without a check pass (VHD)."""
         argv = [self._binary, "check", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
-        outcome = await programs.run(argv, f"image {path}", QUICK, COPY_BOUNDS)
+        outcome = await self._run(argv, f"image {path}", QUICK, COPY_BOUNDS, {path: False})
         if outcome.status in (0, 3, 63):  # 3: leaked clusters only, no damage; 63: the format has no check
             return
         with suppress(ValueError, KeyError):
@@ -169,7 +187,7 @@ class QemuImg:
     async def describe(self, path: str, format: ImageFormat) -> dict[str, Any]:
         """All that `qemu-img info` says of an image. Errors as `info`."""
         argv = [self._binary, "info", "--output=json", "-U", "-f", QEMU_DRIVER[format], "--", path]
-        outcome = await programs.run(argv, f"image {path}", LOOK, LOOK_BOUNDS)
+        outcome = await self._run(argv, f"image {path}", LOOK, LOOK_BOUNDS, {path: False})
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent, looking=True)
         _info(path, outcome.out)
@@ -181,7 +199,7 @@ class QemuImg:
         check of (VHD, raw). BadImage when it cannot even be opened, InUse."""
         argv = [self._binary, "check", "--output=json", "-f", QEMU_DRIVER[format]]
         argv += [] if repair is None else ["-r", repair]
-        outcome = await programs.run([*argv, "--", path], f"image {path}", None, COPY_BOUNDS)
+        outcome = await self._run([*argv, "--", path], f"image {path}", None, COPY_BOUNDS, {path: repair is not None})
         if outcome.status == NO_CHECK:
             return None
         with suppress(ValueError, TypeError, AttributeError):
@@ -243,7 +261,7 @@ class QemuImg:
     ) -> None:
         """As `convert`, from a block node as QEMU's -blockdev has them: whatever it names is opened, nothing else."""
         named = ["--", "json:" + json.dumps(node, ensure_ascii=False)]
-        await self._convert(named, path, path, format, size, on_progress)
+        await self._convert(named, None, path, format, size, on_progress)
 
     async def pack_vmdk(self, node: Mapping[str, object], path: str, on_progress: OnProgress | None = None) -> None:
         """A new VMDK of the kind that OVF packages have (compressed, written once) with the content of a node. Errors
@@ -258,7 +276,7 @@ class QemuImg:
     async def _convert(
         self,
         named: Sequence[str],
-        source: str,
+        source: str | None,
         path: str,
         format: ImageFormat,
         size: int,
@@ -268,9 +286,15 @@ class QemuImg:
         async with new_file(path) as part:
             await self._create(part, path, format, size, layout)
             # -n: into the image just made, which has the wanted size (QEMU cannot resize a VHD); it reads as zeroes.
-            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", *_QUICKLY, "-O", QEMU_DRIVER[format]]
+            argv = [self._binary, "convert", "-p", "-n", "--target-is-zero", "-O", QEMU_DRIVER[format]]
             argv += ["--bitmaps"] if layout.bitmaps else []
-            outcome = await programs.run([*argv, *named, part], f"image {path}", None, COPY_BOUNDS, teller(on_progress))
+            argv += [*named, part]
+            tell = teller(on_progress)
+            if source is None:  # several images, perhaps behind sockets of others
+                outcome = await programs.run(argv, f"image {path}", None, COPY_BOUNDS, tell)
+            else:
+                files = {source: False, part: True}
+                outcome = await self._run(argv, f"image {path}", None, COPY_BOUNDS, files, tell)
             if outcome.status != 0:
                 raise explain(f"image {path}", outcome, Path(path).parent, source=source)
 
@@ -280,7 +304,7 @@ class QemuImg:
         if format not in (ImageFormat.RAW, ImageFormat.QCOW2):
             raise BadImage(f"image {path}", f"QEMU cannot resize a {format}", "hostler volume grow does")
         argv = [self._binary, "resize", "-q", "-f", QEMU_DRIVER[format], *(["--shrink"] if shrink else [])]
-        outcome = await programs.run([*argv, "--", path, str(size)], f"image {path}", QUICK)
+        outcome = await self._run([*argv, "--", path, str(size)], f"image {path}", QUICK, COPY_BOUNDS, {path: True})
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent)
 
@@ -288,11 +312,23 @@ class QemuImg:
         options = [o for o in (_OPTIONS.get(format, ""), *layout.options(format)) if o]
         argv = [self._binary, "create", "-q", "-f", QEMU_DRIVER[format]]
         argv += ["-o", ",".join(options)] if options else []
-        outcome = await programs.run([*argv, "--", part, str(size)], f"image {path}", QUICK)
+        outcome = await self._run([*argv, "--", part, str(size)], f"image {path}", QUICK, COPY_BOUNDS, {part: True})
         if outcome.status != 0:
             raise explain(f"image {path}", outcome, Path(path).parent)
         if layout.preallocation is Preallocation.FULL and format is ImageFormat.VHD_FIXED:
             await whole(asyncio.to_thread(_fill_up, part, path), _nothing)
+
+
+@contextmanager
+def _admitted(guard: Guard, files: Mapping[str, bool]) -> Iterator[Admitted | None]:
+    with ExitStack() as stack:
+        try:
+            as_user = stack.enter_context(guard.admit(files))
+        except OSError as error:
+            path = str(error.filename or next(iter(files)))
+            kind = NotFound if isinstance(error, FileNotFoundError | NotADirectoryError) else NotPermitted
+            raise kind(f"image {path}", f"cannot be opened: {error.strerror}", "check the path and its mode") from error
+        yield as_user
 
 
 @asynccontextmanager
