@@ -6,6 +6,8 @@ define    the new VM, off
 
 from __future__ import annotations
 
+import asyncio
+
 from pydantic import JsonValue
 
 from hostler.host.context import Host
@@ -13,6 +15,7 @@ from hostler.host.restoring import Restoring, restored_config
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.vms import VmService
 from hostler.model.job import Job
+from hostler.removal import remove_tree
 
 RESTORE = "backup.restore"
 RESTORE_VOLUME = "backup.restore-volume"
@@ -58,6 +61,7 @@ def plan_vm(host: Host, vms: VmService, vm_id: str, params: dict[str, JsonValue]
     async def undo(context: JobContext) -> None:
         if not is_defined():
             await work.remove_volumes(context.job.id)
+            await asyncio.to_thread(remove_tree, host.paths.vm_state(vm_id))
 
     async def define(context: JobContext) -> None:
         if not is_defined():
@@ -66,6 +70,7 @@ def plan_vm(host: Host, vms: VmService, vm_id: str, params: dict[str, JsonValue]
                 host, backup.config, vm_id, name, await work.sources(context.job.id)
             )
             await context.remember(changed=[*changed])
+            await work.bring_state(backup, vm_id, config.run_as)
             await vms.define(config, context.job.by)
         context.no_return()
         record = host.actor(vm_id).record

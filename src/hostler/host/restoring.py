@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from hostler.host.backup_state import bring_state
 from hostler.host.configure import check_config
 from hostler.host.context import Host
 from hostler.host.steps import JobContext
@@ -86,6 +87,12 @@ class Restoring:
             item["volume"], size, format, fill, item["path"], made_by=job_id
         )
         self.host.events.publish("volume", volume.name, volume)
+
+    async def bring_state(self, backup: Backup, vm_id: str, uid: int | None) -> None:
+        """What belongs to the VM beside its disks, if the backup has it."""
+        place = self._directory.path / backup.vm / backup.id
+        state_dir = self.host.paths.vm_state(vm_id)
+        await in_thread(f"backup {backup.id}", lambda: bring_state(place, backup.uefi_vars, state_dir, uid))
 
     async def mine(self, item: dict[str, Any], job_id: str) -> DiskSource | None:
         """What became of a disk, if this job has made it."""

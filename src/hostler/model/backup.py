@@ -89,6 +89,8 @@ class Backup(Record):
     consistency: Consistency = Consistency.CRASH
     config: VmConfig
     disks: tuple[BackedDisk, ...]
+    uefi_vars: str = ""
+    """SHA-256 of its firmware's variables, which are beside the disks; "" where it has none."""
     left_out: tuple[str, ...] = ()
     """Disks of the VM that are not in it: read-only ones."""
 

@@ -22,6 +22,7 @@ from typing import Any, cast
 import structlog
 
 from hostler.host.actor import VmActor
+from hostler.host.backup_state import keep_state
 from hostler.host.backup_trail import forget_bitmap, note_backup, note_bitmap, stale_bitmaps
 from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
@@ -48,6 +49,7 @@ from hostler.model.vm import Firmware, VmConfig, VmState
 from hostler.storage.backups.copying import DiskSink
 from hostler.storage.backups.directory import BackupDirectory, disk_file
 from hostler.storage.nbd import serving
+from hostler.storage.qemu_img import explain_os
 from hostler.storage.waiting import in_thread
 
 log = structlog.get_logger()
@@ -327,9 +329,18 @@ async def _copy(work: _Work, context: JobContext) -> None:
         except HostlerError as error:
             raise next((s.error for s in sinks.values() if s.error is not None), error) from error
         copied = {disk_id: await sink.finish() for disk_id, sink in sinks.items()}
+        uefi_vars = await work.aside(_keep_state, work, place)
     await context.remember(
-        copied={i: {"blocks": c.blocks, "stored": c.stored, "sums": c.sums} for i, c in copied.items()}
+        uefi_vars=uefi_vars,
+        copied={i: {"blocks": c.blocks, "stored": c.stored, "sums": c.sums} for i, c in copied.items()},
     )
+
+
+def _keep_state(work: _Work, place: Path) -> str:
+    try:
+        return keep_state(work.host.paths.vm_state(work.vm), place)
+    except OSError as error:
+        raise explain_os(f"backup {work.id}", error, place) from error
 
 
 # commit
@@ -383,6 +394,7 @@ def _manifest(work: _Work, job: Job) -> Backup:
         consistency=Consistency(data["consistency"]),
         config=record.config,
         disks=tuple(disks),
+        uefi_vars=str(data.get("uefi_vars", "")),
         left_out=tuple(d.id for d in record.config.disks if d not in work.disks),
     )
 

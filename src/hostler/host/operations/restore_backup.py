@@ -37,6 +37,7 @@ def switch_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
         before = context.job.data.get("before", [d.source.path for d in record.config.disks])
         await context.remember(before=before, changed=[*changed])
         context.no_return()
+        await work.bring_state(backup, record.id, record.config.run_as)
 
         def edit(now: VmRecord) -> VmRecord:
             latest = config.but(name=now.config.name, run_as=now.config.run_as)
