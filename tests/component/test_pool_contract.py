@@ -15,13 +15,16 @@ import pytest
 
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import InvalidInput, NotFound, TimedOut
+from hostler.model.limits import PROFILES, Profile
 from hostler.model.pool import Pool, PoolKind, PoolSecrets, PoolState
 from hostler.model.units import MiB
 from hostler.model.volume import Volume
+from hostler.storage import observing, volumes
 from hostler.storage.pools import directory as directory_pool
 from hostler.storage.pools import filesystem, lane
 from hostler.storage.pools.contract import PoolDriver
 from hostler.storage.pools.drivers import driver_of
+from hostler.store.sqlite import SqliteStore
 from hostler.testing.dead_mount import available, dead_mount
 from hostler.testing.targets import Authority, IscsiTarget, NbdServer
 
@@ -254,3 +257,23 @@ async def test_a_fault_in_a_file_call_reaches_who_asked() -> None:
     with pytest.raises(Exception, match="a file call of ours failed"):
         await lane.Lane("pool p").run(lambda: 1 // 0, 5)
     assert await lane.Lane("pool p").run(lambda: 7, 5) == 7
+
+
+@pytest.mark.skipif(not available(), reason="needs root and FUSE")
+async def test_volumes_on_a_share_that_hangs_are_missing_and_the_others_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observing, "LOOK", 0.3)
+    store = await SqliteStore.open(tmp_path / "state" / "hostler.db")
+    service = volumes.VolumeService(store, tmp_path / "here", PROFILES[Profile.HOSTLER])
+    (tmp_path / "share").mkdir()
+    await service.create("near", MiB, ImageFormat.RAW)
+    await service.create("far", MiB, ImageFormat.RAW, str(tmp_path / "share" / "far.raw"))
+    with dead_mount(tmp_path / "share"):
+        for _ in range(30):  # more than there are threads for everybody's file calls
+            assert {v.name: str(v.state) for v in await service.list()} == {"near": "ready", "far": "missing"}
+        with pytest.raises(TimedOut):
+            await service.get("far")
+        assert (await service.get("near")).state == "ready"
+        assert await asyncio.wait_for(asyncio.to_thread(os.getpid), 5) == os.getpid()
+    await store.close()

@@ -375,3 +375,19 @@ def test_a_volume_as_a_source() -> None:
     assert (source.kind, source.pool, source.identity, source.networked) == (SourceKind.ISCSI, "san", "naa.6001", True)
     file = source_of(Volume(name="f", path="/p/f", format=ImageFormat.QCOW2, size=MiB, pool="p"))
     assert (file.pool, file.local) == ("", True)
+
+
+async def test_a_volume_that_lies_elsewhere_by_now_is_in_the_pool_of_that_place(site: Site, node: Node) -> None:
+    path = await pool(node, site)
+    await make(node, name="v")
+    service = node.application.volume_service
+    await service.amend("v", pool="p")  # as after a move by somebody who knows nothing of pools
+    await node.application.pool_watch.look()
+    assert (await node.application.volumes.get("v")).pool == DEFAULT_POOL
+    await make(node, name="w", path=f"{path}/w.raw")
+    await service.amend("w", pool="")
+    await node.application.pool_watch.look()
+    assert (await node.application.volumes.get("w")).pool == "p"
+    await make(node, name="x", path=str(site.directory / "x.raw"))
+    await node.application.pool_watch.look()
+    assert (await node.application.volumes.get("x")).pool == ""

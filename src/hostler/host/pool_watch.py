@@ -48,6 +48,7 @@ class PoolWatch:
 
     async def look(self) -> None:
         """One round: how every pool is, and what is new in libraries."""
+        await self._pools.assign()
         for view in await self._pools.list():
             if view.kind is PoolKind.LIBRARY and view.state is not PoolState.UNREACHABLE:
                 await self._follow(view.name)

@@ -15,7 +15,7 @@ from hostler.host.pool_scan import scan
 from hostler.host.pool_views import view_of
 from hostler.model.base import utc_now
 from hostler.model.disk import SourceKind
-from hostler.model.errors import HostLacks, HostlerError, InUse, InvalidInput, NotFound, WrongState
+from hostler.model.errors import Busy, HostLacks, HostlerError, InUse, InvalidInput, NotFound, WrongState
 from hostler.model.pool import (
     DEFAULT_POOL,
     Connection,
@@ -32,7 +32,7 @@ from hostler.model.pool import (
     StorageTarget,
 )
 from hostler.model.views import Deleted
-from hostler.model.volume import Volume
+from hostler.model.volume import Volume, VolumeState
 from hostler.storage.pools import filesystem
 from hostler.storage.pools.book import PoolBook
 from hostler.storage.pools.contract import PoolDriver
@@ -60,6 +60,7 @@ class Pools:
         self._service = service
         self._events = events
         self._directory = directory
+        self._real_directory = str(directory)
         self._host_id = host_id
         self._in_use = in_use
         self._drivers: dict[str, tuple[Pool, PoolSecrets, PoolDriver]] = {}
@@ -75,17 +76,21 @@ class Pools:
             if DEFAULT_POOL not in {row.id for row in await self._book.rows()}:
                 pool = Pool(name=DEFAULT_POOL, kind=PoolKind.DIRECTORY, path=str(self._directory), created=utc_now())
                 await self._book.add(pool, PoolSecrets())
-            for volume in await self._service.records():
-                if not volume.pool and volume.kind is SourceKind.VOLUME:
-                    await self._assign(volume)
+            self._real_directory = await asyncio.to_thread(os.path.realpath, self._directory)
+            await self.assign()
         except (HostlerError, OSError) as error:  # a full disk must not keep the daemon from looking after its VMs
             log.error("pool.default-not-made", why=str(error))
 
-    async def _assign(self, volume: Volume) -> None:
-        pool = await self.pool_at(volume.path)
-        if pool is not None:
-            with contextlib.suppress(NotFound):  # deleted meanwhile
-                await self._service.amend(volume.name, pool=pool.name)
+    async def assign(self) -> None:
+        """Every volume that is a file is in the pool whose directory it lies in, also after it was moved."""
+        for volume in await self._service.records():
+            if volume.kind is not SourceKind.VOLUME or volume.state is not VolumeState.READY:
+                continue
+            pool = await self.pool_at(volume.path)
+            name = pool.name if pool is not None else ""
+            if volume.pool != name:
+                with contextlib.suppress(NotFound, Busy):  # deleted or changed meanwhile: the next round sees it
+                    await self._service.amend(volume.name, pool=name)
 
     # looking
 
@@ -148,7 +153,8 @@ class Pools:
         """The pool of files in whose directory `path` lies; None when there is none."""
         directory = os.path.dirname(path)
         for row in await self._book.rows():
-            if row.value.in_files and directory in (row.value.path, os.path.realpath(row.value.path)):
+            own = row.id == DEFAULT_POOL and directory == self._real_directory
+            if row.value.in_files and (own or directory == row.value.path):
                 return row.value
         return None
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hostler.model.base import utc_now
 from hostler.model.disk import ImageFormat, SourceKind
-from hostler.model.errors import BadImage, Busy, HostlerError, InvalidInput, NotFound, NotPermitted
+from hostler.model.errors import BadImage, Busy, HostlerError, InvalidInput, NotPermitted
 from hostler.model.image import Preallocation
 from hostler.model.limits import Limits
 from hostler.model.names import check_name
@@ -27,6 +27,7 @@ from hostler.storage.chains.flatten import flatten_into
 from hostler.storage.claims import ClaimBook
 from hostler.storage.cloning import cloned
 from hostler.storage.formats import SUFFIX, Shape, recognise
+from hostler.storage.observing import Observer
 from hostler.storage.qemu_img import Layout, LogPending, OnProgress, QemuImg, check_preallocation, leftovers
 from hostler.storage.waiting import in_thread, whole
 from hostler.store.contract import CheckFailed, Delete, Put, Store, Transaction
@@ -58,6 +59,7 @@ class VolumeService:
         self.images = self._image
         """What makes and converts images here."""
         self._catalogue = Catalogue(store)
+        self._observer = Observer()
         self._making: list[str] = []
 
     @property
@@ -191,13 +193,12 @@ class VolumeService:
 
     async def list(self) -> Sequence[Volume]:
         """Every volume, ordered by name, each with what its file is now."""
-        volumes = [row.value for row in await self._catalogue.rows()]
-        return await in_thread("volumes", lambda: [_observe(volume) for volume in volumes])
+        return await self._observer.each([row.value for row in await self._catalogue.rows()])
 
     async def get(self, ref: str) -> Volume:
         """The volume with that name or path, with what its file is now. NotFound with the nearest name."""
         row = await self._catalogue.get(ref)
-        return await in_thread(f"volume {row.id}", lambda: _observe(row.value))
+        return await self._observer.one(row.value)
 
     # ending
 
@@ -357,23 +358,6 @@ def check_size(limits: Limits, subject: str, size: int, format: ImageFormat) -> 
         raise InvalidInput(subject, f"a size of {size} bytes is not a number of whole sectors", f"for example {near}")
     limit = "vhd_size" if format in (ImageFormat.VHD, ImageFormat.VHD_FIXED) else "volume_size"
     limits.refuse_above(subject, limit, size, "the size")
-
-
-def _observe(volume: Volume) -> Volume:
-    """What a recorded volume is now, from a quick look at its file. (LUNs and exports are looked at by their pool.)"""
-    if volume.state is not VolumeState.READY or volume.kind is not SourceKind.VOLUME:
-        return volume
-    try:
-        shape = recognise(volume.path, volume.format, overlay=volume.backing is not None)
-    except NotFound:
-        return volume.but(state=VolumeState.MISSING)
-    except HostlerError:
-        return volume.but(state=VolumeState.DAMAGED)
-    if shape.size < volume.size:
-        return volume.but(state=VolumeState.DAMAGED, allocated=shape.allocated)
-    # The size of a dynamic VHD is QEMU's word (see QemuImg.info), which the footer alone does not tell.
-    size = volume.size if volume.format is ImageFormat.VHD else shape.size
-    return volume.but(size=size, allocated=shape.allocated)
 
 
 def _require_said(path: str, found: ImageFormat, said: ImageFormat | None) -> None:
