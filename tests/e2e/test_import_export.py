@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,41 +142,52 @@ def large(folder: Path, size: int) -> Path:
     return folder
 
 
-def converter(user: User) -> psutil.Process:
-    """The qemu-img that copies, standing still."""
+def begun(user: User, folder: Path) -> tuple[str, psutil.Process]:
+    """An import that is copying right now: the id of its job, and its qemu-img, standing still. The job is let go only
+    when the command that began it has ended, so that the copy is not over before anybody looks."""
+    user.host.failpoints.arm("vm.import/volumes")
+    job = user("import", "run", str(folder), "--no-wait")
+    user.host.failpoints.wait_reached("vm.import/volumes")
+    assert user.host.daemon is not None
+    threads = list(Path(f"/proc/{user.host.daemon.pid}/task").iterdir())
+    user.host.failpoints.clear()
     end = time.monotonic() + 30
-    daemon = psutil.Process(user.host.daemon.pid) if user.host.daemon else None
-    while daemon is not None and time.monotonic() < end:
-        for child in daemon.children(recursive=True):
-            try:
-                if "convert" in child.cmdline() and child.name() == "qemu-img":
-                    child.suspend()
-                    return child
-            except psutil.Error:
-                continue
+    while time.monotonic() < end:
+        for pid in [int(pid) for thread in threads for pid in children_of(thread)]:
+            with suppress(OSError, psutil.Error):
+                if Path(f"/proc/{pid}/comm").read_text() != "qemu-img\n":  # not yet what it is wrapped in
+                    continue
+                if b"\0convert\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    process = psutil.Process(pid)
+                    process.suspend()
+                    return str(job["id"]), process
     raise AssertionError("nothing was copied")
+
+
+def children_of(thread: Path) -> list[str]:
+    with suppress(OSError):
+        return (thread / "children").read_text().split()
+    return []
 
 
 @pytest.mark.usefixtures("clean")
 def test_a_daemon_that_is_killed_while_it_copies(user: User, place: Path) -> None:
     folder = large(place / "large", 192 * MiB)
     before = traces(user.host, place)
-    job = user("import", "run", str(folder), "--no-wait")
-    copying = converter(user)
+    job, copying = begun(user, folder)
     volumes = user.host.state_dir / "volumes"
     assert list(volumes.iterdir()) != []
     user.host.kill()
     psutil.wait_procs([copying], timeout=10)
     assert not copying.is_running()
     user.host.start()
-    ended = user("job", "show", job["id"])
+    ended = user("job", "show", job)
     assert (ended["state"], ended["error"]["code"]) == ("failed", "interrupted")
     assert traces(user.host, place) == before
-    job = user("import", "run", str(folder), "--no-wait")
-    copying = converter(user)
-    user("job", "cancel", job["id"])
-    user.run("job", "watch", job["id"])
-    assert user("job", "show", job["id"])["state"] == "cancelled"
+    job, copying = begun(user, folder)
+    user("job", "cancel", job)
+    user.run("job", "watch", job)
+    assert user("job", "show", job)["state"] == "cancelled"
     assert traces(user.host, place) == before
     user("import", "run", str(folder))
     assert [vm["config"]["name"] for vm in user("vm", "list")] == ["large"]
