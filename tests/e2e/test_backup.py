@@ -276,6 +276,22 @@ def test_after_a_move_what_changed_is_still_known(written: Written) -> None:
     written.require(after["id"], written.expected())
 
 
+def test_after_save_and_restore_qcow2_still_knows(written: Written) -> None:
+    written.begin()
+    written.write(55, 6 * MiB + 512 * KiB)
+    written.user("vm", "save", "guest")
+    saved = written.back_up()
+    assert written.user("vm", "show", "guest")["state"] == "saved"
+    then = written.expected()
+    written.user("vm", "restore", "guest")
+    written.write(56, 6 * MiB + 640 * KiB)
+    after = written.back_up()
+    assert [kinds(written, b)["qcow2"] for b in (saved, after)] == [False, False]
+    written.require(saved["id"], then)
+    written.require(after["id"], written.expected())
+    written.guest.check(written.host)
+
+
 def test_after_power_off_only_qcow2_knows(written: Written) -> None:
     written.begin()
     written.write(61, 7 * MiB)
