@@ -9,6 +9,7 @@ import pytest
 from hostler.model.checkpoint import (
     Checkpoint,
     Family,
+    Luggage,
     default_name,
     in_tree_order,
     nearest_left,
@@ -100,3 +101,13 @@ def test_layers_that_do_not_fit_together_are_refused(parents: dict[str, str]) ->
     family = pack([point("a", source=chain(1))]).but(parents=parents)
     with pytest.raises(ValueError, match="layers"):
         unpack(family)
+
+
+@pytest.mark.parametrize(
+    "memory", ["/etc/passwd", "/0.memory/../../etc/passwd.memory", "/elsewhere/0.memory", "/../0.memory"]
+)
+def test_another_host_names_no_file_that_is_not_beside_the_disks(memory: str) -> None:
+    made = point("a", source=chain(1)).but(memory="/0.memory")
+    assert Luggage(family=pack([made])).family.checkpoints[0].memory == "/0.memory"
+    with pytest.raises(ValueError, match="not beside"):
+        Luggage(family=pack([made.but(memory=memory)]))

@@ -164,6 +164,7 @@ def build_application(parts: Parts) -> Application:
     incoming = IncomingService(host, roster, peers, parts.migration_address, parts.hook)
     host.coming = incoming.coming
     host.volumes.users.sources.append(of_checkpoints(host.checkpoints.all))
+    checkpoints = Checkpoints(host)
     vms = VmService(host, roster)
     imports = Imports(host, vms)
     backups = Backups(host, vms)
@@ -174,7 +175,7 @@ def build_application(parts: Parts) -> Application:
         volumes=host.volumes,
         pools=host.pools,
         imports=imports,
-        checkpoints=Checkpoints(host),
+        checkpoints=checkpoints,
         backups=backups,
         vm_exports=VmExports(host),
         jobs=host.jobs,

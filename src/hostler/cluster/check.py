@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from hostler.cluster.luggage import missing
 from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.model.errors import HostlerError
 from hostler.model.host import Accelerator, HostFacts
@@ -83,6 +84,7 @@ def blockers_at_target(request: IncomingRequest, view: TargetView) -> list[Block
         *_identity(config, view, request.id),
         *_disks(request, view),
         *_files(request, view),
+        *missing(request.luggage, view.inodes, request.inodes, view.facts.name),
         *_network(config, view),
         *_admission(view),
     ]

@@ -17,6 +17,7 @@ import structlog
 
 from hostler.cluster.check import blockers_at_target
 from hostler.cluster.handover import SourceWord, target_may_refuse
+from hostler.cluster.luggage import arrive, leave
 from hostler.cluster.peers import PeerBook
 from hostler.cluster.target_view import look
 from hostler.host.actor import VmActor, vm_key
@@ -138,6 +139,7 @@ class IncomingService:
             id=request.id,
             config=request.config,
             next_config=request.next_config,
+            luggage=request.luggage,
             generation=request.generation,
             source=peer_id,
             run=request.run,
@@ -213,11 +215,12 @@ class IncomingService:
             next_config=guest.record.next_config,
             state=VmState.MIGRATING,
             generation=guest.record.generation,
+            checkpoint=guest.record.luggage.now,
             process=machine.process,
         )
         claims = await host.claims.plan_claim(config.id, config.disks, vm.generation)
         records = [Put(_key(accepted.id), accepted.to_json()), Put(vm_key(vm.id), vm.to_json())]
-        writes = [*records, Delete(key_of_moved(vm.id)), *claims.writes]
+        writes = [*records, Delete(key_of_moved(vm.id)), *claims.writes, *await arrive(host, accepted)]
         try:
             checks = [Check(vm_key(vm.id), ABSENT), *claims.checks]
             revision = await host.store.commit(Transaction(writes, checks, durable=True))
@@ -243,7 +246,8 @@ class IncomingService:
         which still has it all, may go on. Recorded before it is told."""
         host = self._host
         refused = guest.record.but(phase=IncomingPhase.REFUSED, text="its QEMU died here before it could run")
-        await actor.delete(Transaction([Put(_key(refused.id), refused.to_json())]))
+        gone = await leave(host, actor.record.id)
+        await actor.delete(Transaction([Put(_key(refused.id), refused.to_json()), *gone]))
         guest.record = refused
         await host.claims.release(actor.record.id)
         host.actors.pop(actor.record.id, None)

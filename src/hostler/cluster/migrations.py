@@ -5,6 +5,7 @@ from __future__ import annotations
 from hostler.cluster import outgoing
 from hostler.cluster.check import blockers_at_source
 from hostler.cluster.incoming import key_of_moved
+from hostler.cluster.luggage import shared_layers
 from hostler.cluster.peers import PeerBook
 from hostler.host.actor import VmActor
 from hostler.host.context import Host
@@ -54,6 +55,7 @@ class MigrationService:
         if target != self._host.facts.id:
             move = outgoing.Move(self._host, self._peers, actor, target, settings, secret="")
             run = actor.record.state is VmState.RUNNING
+            blockers += await shared_layers(self._host, actor.record)
             blockers += await move.link.check(await move.request(new_id(), run))
         return MigrationPlan(
             vm=actor.record.id,

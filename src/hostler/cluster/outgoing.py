@@ -21,6 +21,7 @@ from pydantic import JsonValue
 
 from hostler.cluster.handover import Answer, Owner, Qemu, SourceAction, source_asks, source_recovers
 from hostler.cluster.incoming import key_of_moved
+from hostler.cluster.luggage import files_of, leave, luggage, shared_layers
 from hostler.cluster.peers import PeerBook, PeerLink, never_sent
 from hostler.cluster.target_view import inodes_of
 from hostler.host.actor import VmActor
@@ -80,16 +81,18 @@ class Move:
         config = record.config
         kinds = (SourceKind.VOLUME, SourceKind.CHAIN)
         paths = [s.path for d in config.disks for s in d.source.layers() if s.kind in kinds]
+        takes = await luggage(self.host, record)
         return IncomingRequest(
             id=move_id,
             config=config,
             next_config=record.next_config,
+            luggage=takes,
             generation=record.generation + 1,
             settings=self.settings,
             accelerator=self.host.facts.accelerator.kind,
             secret=self.secret,
             run=run,
-            inodes=await asyncio.to_thread(inodes_of, paths),
+            inodes=await asyncio.to_thread(inodes_of, [*paths, *files_of(takes)]),
             boot_id=self.host.facts.boot_id,
         )
 
@@ -104,7 +107,8 @@ def check(move: Move) -> Step:
 
     async def do(context: JobContext) -> None:
         run = move.actor.record.state is VmState.RUNNING
-        blockers = await move.link.check(await move.request(context.job.id, run))
+        blockers = [*await shared_layers(move.host, move.actor.record)]
+        blockers += await move.link.check(await move.request(context.job.id, run))
         if blockers:
             raise Blocked(
                 move.actor.subject,
@@ -353,7 +357,8 @@ def clean_up(move: Move) -> Step:
             "name": actor.record.name,
             "at": utc_now().isoformat(),
         }
-        await actor.delete(Transaction([Put(key_of_moved(actor.record.id), note)]))
+        gone = await leave(host, actor.record.id)
+        await actor.delete(Transaction([Put(key_of_moved(actor.record.id), note), *gone]))
         await host.claims.release(actor.record.id)
         host.actors.pop(actor.record.id, None)
         host.moved[actor.record.id] = (actor.record.name, peer.name)

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Sequence
 
 from hostler.cluster.check import TargetView
+from hostler.cluster.luggage import files_of
 from hostler.host.configure import check_limits
 from hostler.host.context import Host
 from hostler.model.disk import SourceKind
@@ -23,6 +24,7 @@ async def look(host: Host, request: IncomingRequest, pending: Sequence[Incoming]
     others = [a.record for a in host.actors.values() if a.record.id != config.id]
     coming = [r.config for r in pending if r.config.id != config.id]
     paths = [s.path for d in config.disks for s in d.source.layers() if s.local]
+    paths += files_of(request.luggage)
     boot = config.kernel
     boot_files = [boot.kernel, boot.initrd or boot.kernel] if boot else []
     devices = [d.source.path for d in config.disks if d.source.kind is SourceKind.DEVICE]

@@ -180,21 +180,3 @@ async def _configs(host: Host) -> list[tuple[str, VmConfig]]:
         record = actor.record
         found += [(record.id, c) for c in (record.config, record.next_config) if c is not None]
     return found + [(p.vm, p.config) for p in await host.checkpoints.all() if p.config is not None]
-
-
-async def dependents(host: Host, path: str) -> list[str]:
-    """What needs an image beside a disk that has it as its topmost layer now, in words: for whoever wants to write or
-    delete it."""
-    real = os.path.realpath(path)
-    found: list[str] = []
-    for actor in host.actors.values():
-        for disk in actor.record.config.disks:
-            if any(os.path.realpath(layer.path) == real for layer in disk.source.layers() if layer is not disk.source):
-                found.append(f"disk {disk.id} of vm {actor.record.name}")
-    for point in await host.checkpoints.all():
-        if any(os.path.realpath(s.path) == real for top in point.frozen().values() for s in top.layers()):
-            found.append(f"checkpoint {point.name!r}")
-    for row in await Catalogue(host.store).rows():
-        if row.value.backing is not None and os.path.realpath(row.value.backing) == real:
-            found.append(f"volume {row.value.name}")
-    return found

@@ -24,7 +24,7 @@ from hostler.host.layer_changes import delete_layers, forget_layers, layers_of, 
 from hostler.host.layers import Merge, Remove, merged, plan_merges, with_sources
 from hostler.host.resources import renew
 from hostler.host.steps import JobContext
-from hostler.model.blockjob import BlockJob
+from hostler.model.blockjob import BlockJob, BlockJobState
 from hostler.model.checkpoint import Checkpoint
 from hostler.model.disk import Disk, DiskSource
 from hostler.model.errors import HostlerError, InternalError, QemuFailed
@@ -124,7 +124,17 @@ class Merging:
                     layer.model_copy(update={"backing": base}),
                     lambda fraction, n=number, of=part: show((n + fraction) / of),  # type: ignore[misc]
                 )
+            await self._name_base(action, base)
             await surely(lambda: record_merge(self._host, self._actor, action))
+
+    async def _name_base(self, action: Merge, base: DiskSource) -> None:
+        """The headers of the layers that were on top of the merged ones; of those that the VM has now, too."""
+        points = await self._host.checkpoints.of(self._actor.record.id)
+        configs = [self._actor.record.config, *(p.config for p in points if p.config is not None)]
+        layers = (s for c in configs for d in c.disks for s in d.source.layers())
+        above = {s.path: s for s in layers if s.backing is not None and s.backing.path == action.top}
+        for layer in above.values():
+            await self._host.layers.name_below(layer, base)
 
     async def _release_what_died(self) -> None:
         """A QEMU that died in the middle has left exports that have images open."""
@@ -157,6 +167,7 @@ class Merging:
         machine = self._actor.machine
         if machine is None:
             return
+        await self._forget_ended(machine)
         have = await machine.blocks.layers()
         for disk in self._actor.record.config.disks:
             for action in _missing(disk, have.get(disk.id, ())):
@@ -165,6 +176,14 @@ class Merging:
             await machine.run()
         if self._context.job.data.get("stopped"):
             await self._context.remember(stopped=False)
+
+    async def _forget_ended(self, machine: Machine) -> None:
+        """A job that has ended, and the images it had open."""
+        name = self._context.job.data.get("block_job")
+        if name is not None:
+            found = await machine.blocks.job(str(name))
+            if found is None or found.state in (BlockJobState.DONE, BlockJobState.FAILED):
+                await machine.blocks.forget(str(name))
 
 
 class _Live:
@@ -190,6 +209,7 @@ class _Live:
         active = self._top is self._disk.source
         try:
             await self._forget_failed(blocks)
+            await self._context.remember(block_job=self._job)
             await blocks.commit(self._job, self._disk, self._top, self._base)
             await blocks.watch(self._job, on_progress, until_ready=active)
             if active:

@@ -10,13 +10,10 @@ from hostler.host.actor import VmActor
 from hostler.host.context import Host
 from hostler.host.layer_changes import written as written_disks
 from hostler.host.layers import on_top
-from hostler.model.checkpoint import Checkpoint
+from hostler.model.checkpoint import MEMORY, Checkpoint
 from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.qemu.blockdev import layer_node
 from hostler.storage.catalogue import real_target
-
-MEMORY = ".memory"
-"""Ending of the file that holds a checkpoint's memory."""
 
 
 class NewLayers:

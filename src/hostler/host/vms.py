@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from hostler.host.actor import VmActor, vm_key
+from hostler.host.belongings import belongings
+from hostler.host.checkpoint_book import remove as forget_checkpoint
 from hostler.host.configure import (
     change_config,
     needs_stop,
@@ -19,6 +21,7 @@ from hostler.host.configure import (
 )
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
+from hostler.host.layer_changes import remove_layer
 from hostler.host.operation import Operation
 from hostler.host.operations import OPERATIONS
 from hostler.host.operations.disks import ATTACH, DETACH, require_disk, require_free_place, with_disk
@@ -185,25 +188,24 @@ class VmService:
         """Delete a VM that is off. Its volumes stay unless `disks`; passed-through devices always stay."""
         actor = self._off(ref, "be deleted")
         record = actor.record
-        if not disks:
-            removed: Sequence[str] = ()
-        else:
-            removed = [d.source.path for d in record.config.disks if self._host.volumes.is_deletable(d)]
-        kept = [p for d in record.config.disks if (p := d.source.path) and p not in removed]
-        outcome = Deleted(id=record.id, removed=tuple(removed), kept=tuple(kept))
+        its = await belongings(self._host, record, disks)
+        removed = its.removed
+        outcome = Deleted(id=record.id, removed=(*removed, *its.memory), kept=its.kept)
         await self._host.volumes.require_unused(removed, but=record.id)
         if dry_run:
             return outcome
         holder = new_id()
         await actor.hold(holder, OPERATIONS["vm.start"].allow)
         try:
-            await actor.delete()
+            await actor.delete(Transaction([forget_checkpoint(point) for point in its.checkpoints]))
         except BaseException:  # nothing is deleted: whoever tries again must not find it held by nobody
             await actor.let_go(holder)
             raise
         self._host.actors.pop(record.id, None)
         await self._host.claims.release(record.id)
         await self._host.resources.release(record.config, forget=True)
+        for path in its.memory:
+            await asyncio.to_thread(remove_layer, path)
         for path in removed:
             await self._host.volumes.delete_file(path)
         log.info("vm.deleted", vm=record.id, name=record.name, by=by, removed=list(removed))

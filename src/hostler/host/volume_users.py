@@ -55,6 +55,18 @@ class VolumeUsers:
         if others or layered:
             raise refusal(volume, others or users, "delete the checkpoints or layers first, or flatten the chain")
 
+    async def require_top(self, volume: Volume) -> None:
+        """InUse if something builds on it, now or when it is applied: whoever wrote it would change that, too."""
+        users = [u for u in await self.of(volume) if u.kind in (UserKind.VOLUME, UserKind.CHECKPOINT)]
+        path = real_path(volume.path)
+        for actor in self._actors.values():
+            for disk in _disks(actor.record, volume):
+                if real_path(disk.source.path) != path:
+                    how = f"disk {disk.id} of vm {actor.record.name} builds on it"
+                    users.append(Dependent(kind=UserKind.VM, id=actor.record.id, name=actor.record.name, how=how))
+        if users:
+            raise refusal(volume, users, "attach it with --read-only, or use a copy of it (volume create --from)")
+
     async def follow(self, old: Volume, new: Volume) -> None:
         """Tell the VMs that have it, all of them off, where it is now, in which format and how large."""
         for actor in list(self._actors.values()):

@@ -17,7 +17,7 @@ from hostler.host.pools import Pools
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.volume_work import VolumeWork
 from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
-from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
+from hostler.model.disk import MAX_LAYERS, Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import BadImage, InUse, InvalidInput, NotFound
 from hostler.model.image import ImageDetails, Preallocation, VolumeView
 from hostler.model.job import Job, Progress
@@ -197,7 +197,8 @@ class Volumes:
             _require_same_format(known, format)
             if writes:
                 await self._places.require_writable(known)
-            source = source_of(known)
+                await self.users.require_top(known)
+            source = await self._chain(known)
             await self._places.verify(source, f"volume {known.name}")
             return source
         if not ref.startswith("/"):
@@ -217,7 +218,28 @@ class Volumes:
                 "has no header of a known image format",
                 "if it is a raw image, say so: format=raw",
             )
+        if writes:
+            await self.users.require_top(found)
         return DiskSource(path=found.path, format=found.format, size=found.size)
+
+    async def _chain(self, volume: Volume) -> DiskSource:
+        """A volume with the layers below it, which are volumes, too (those of a deleted VM's disks, for example)."""
+        layers, backing = [volume], volume.backing
+        while backing is not None:
+            below = await self._known(backing)
+            if below is None or len(layers) > MAX_LAYERS:
+                raise InvalidInput(
+                    f"volume {volume.name}",
+                    f"builds on {backing}, which is no volume of this host",
+                    f"register that image first: hostler volume register NAME {backing}",
+                )
+            layers.append(below)
+            backing = below.backing
+        source: DiskSource | None = None
+        for layer in reversed(layers):
+            source = source_of(layer).model_copy(update={"backing": source})
+        assert source is not None
+        return DiskSource.model_validate(source.model_dump())
 
     async def _known(self, ref: str) -> Volume | None:
         try:

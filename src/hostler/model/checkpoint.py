@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from enum import StrEnum
+from typing import Self
+
+from pydantic import model_validator
 
 from hostler.model.base import Record
 from hostler.model.disk import MAX_LAYERS, DiskSource
 from hostler.model.vm import VmConfig
+from hostler.model.volume import Volume
 
 
 class CheckpointState(StrEnum):
@@ -83,6 +87,30 @@ class Family(Record):
     """By path, alone."""
     parents: dict[str, str] = {}
     """Path to the path of the layer below."""
+
+
+MEMORY = ".memory"
+"""Ending of the file that holds a checkpoint's memory."""
+
+
+class Luggage(Record):
+    """What goes with a VM to another host: its checkpoints, which of them it builds on, the records of its layers."""
+
+    family: Family = Family()
+    now: str | None = None
+    volumes: tuple[Volume, ...] = ()
+
+    @model_validator(mode="after")
+    def _own_files(self) -> Self:
+        """Who deletes a checkpoint deletes these files: another host must not name any others."""
+        folders = {path.rpartition("/")[0] for path in self.family.layers}
+        for checkpoint in self.family.checkpoints:
+            path = checkpoint.memory
+            if path is not None and not (
+                path.endswith(MEMORY) and path.rpartition("/")[0] in folders and ".." not in path.split("/")
+            ):
+                raise ValueError(f"the memory of a checkpoint is not beside its disks: {path}")
+        return self
 
 
 def default_name(vm: str, at: datetime) -> str:

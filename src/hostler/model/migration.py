@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from hostler.model.base import Record
+from hostler.model.checkpoint import Luggage, unpack
 from hostler.model.host import Accelerator
 from hostler.model.vm import VmConfig
 
@@ -101,6 +102,7 @@ class Incoming(Record):
     id: str
     config: VmConfig
     next_config: VmConfig | None = None
+    luggage: Luggage = Luggage()
     generation: int
     source: str
     """Id of the host it comes from."""
@@ -123,6 +125,7 @@ class IncomingRequest(Record):
     config: VmConfig
     next_config: VmConfig | None = None
     """A changed configuration that waits for the VM's next start, wherever that is."""
+    luggage: Luggage = Luggage()
     generation: int
     settings: MigrationSettings
     accelerator: Accelerator
@@ -138,6 +141,17 @@ class IncomingRequest(Record):
         """The VM's id names directories at the target; what comes from another host is looked at closely."""
         if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", self.config.id):
             raise ValueError("the VM's id is not an id of a VM")
+        return self
+
+    @model_validator(mode="after")
+    def _its_own(self) -> Self:
+        """What comes along is its own: layers of its disks and of its checkpoints, and nobody else's checkpoints."""
+        layers = {layer.path for disk in self.config.disks for layer in disk.source.layers()}
+        if any(v.path not in layers | self.luggage.family.layers.keys() for v in self.luggage.volumes):
+            raise ValueError("a volume comes along that is no layer of the VM")
+        if any(v.owner != self.config.id for v in self.luggage.volumes):
+            raise ValueError("a volume comes along that was not made for the VM")
+        unpack(self.luggage.family)
         return self
 
 

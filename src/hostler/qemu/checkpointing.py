@@ -7,6 +7,9 @@
 QEMU's `pause-before-switchover` is what makes memory and disks one moment: it stops the guest, with all its I/O done,
 before it gives its images up and writes the state of the devices.
 
+Why not QEMU's `background-snapshot`, which stops the guest even shorter: it needs userfaultfd with write protection,
+which Linux gives to root only (vm.unprivileged_userfaultfd), and a VM's QEMU is not root.
+
 Facts of QEMU 7.2 this rests on: the images, given up at the end, are taken again by `cont`; a second transfer from a
 QEMU that was not continued in between ends it with an assertion, hence a paused guest is not taken.
 """

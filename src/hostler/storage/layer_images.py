@@ -37,8 +37,7 @@ class LayerImages:
         below = layer.backing
         assert below is not None
         async with new_file(layer.path) as part:
-            named = ["-b", below.path, "-F", QEMU_DRIVER[below.format]]
-            options = ["-u", "-o", "compat=1.1,lazy_refcounts=off", *named]
+            options = ["-u", "-o", "compat=1.1,lazy_refcounts=off", *_named(below)]
             argv = [self._binary, "create", "-q", "-f", "qcow2", *options, "--", part, str(layer.size)]
             outcome = await programs.run(argv, f"layer {layer.path}", QUICK)
             if outcome.status != 0:
@@ -54,6 +53,14 @@ class LayerImages:
         if outcome.status != 0:
             raise explain(f"layer {below.path}", outcome, Path(below.path).parent)
         await asyncio.to_thread(_sync, below.path)
+
+    async def name_below(self, layer: DiskSource, below: DiskSource) -> None:
+        """Write into a layer's header what it builds on now. Nobody may have it open."""
+        named = _named(below) or ["-b", ""]
+        argv = [self._binary, "rebase", "-q", "-u", "-f", "qcow2", *named, "--", layer.path]
+        outcome = await programs.run(argv, f"layer {layer.path}", QUICK)
+        if outcome.status != 0:
+            raise explain(f"layer {layer.path}", outcome, Path(layer.path).parent)
 
     async def flatten(
         self, top: DiskSource, path: str, format: ImageFormat, on_progress: OnProgress | None = None
@@ -91,6 +98,14 @@ def _node(source: DiskSource) -> dict[str, Any]:
     elif source.format is ImageFormat.VHD_FIXED:  # as the VM opens it: the data before the footer
         node |= {"driver": "raw", "size": source.size}
     return node
+
+
+def _named(below: DiskSource) -> list[str]:
+    """How a layer's header names the one below it. Only where QEMU opens that as a file: it takes a name in a header as
+    the file's name where the description of the layer below has none, as that of an export, and then refuses both."""
+    if not below.local or below.exported:
+        return []
+    return ["-b", below.path, "-F", QEMU_DRIVER[below.format]]
 
 
 def _options(format: ImageFormat) -> list[str]:

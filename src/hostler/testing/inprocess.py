@@ -119,6 +119,9 @@ class PlainLayers(LayerImages):
             if not os.path.exists(path):
                 raise NotFound(f"layer {path}", "does not exist")
 
+    async def name_below(self, layer: DiskSource, below: DiskSource) -> None:
+        """Nobody reads it."""
+
     async def flatten(
         self, top: DiskSource, path: str, format: ImageFormat, on_progress: OnProgress | None = None
     ) -> None:

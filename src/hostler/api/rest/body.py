@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 
 MAX_BODY = 1024**2
 """Bytes. The largest sensible request, a VM with 260 disks, takes a tenth."""
-MAX_DEPTH = 32
-"""Nested arrays and objects. The model's own depth is 5; Python's parser gives up at about 1,000."""
+MAX_DEPTH = 100
+"""Nested arrays and objects. The model's own depth is 5, and one more for each layer of a disk (limit chain_depth, 64)
+when a VM moves here; Python's parser gives up at about 1,000."""
 BODY_TIME = 30.0
 """Seconds for the whole body."""
 DRAIN = 16 * MAX_BODY

@@ -54,6 +54,8 @@ class Freezing:
             await self._freeze_running(context, kind)
         self.done = True
         context.no_return()
+        if kind is CheckpointKind.FULL:  # of a transfer that nobody saw through
+            await asyncio.to_thread(remove_layer, self._new.memory_path() + PARTIAL)
         if machine is not None:
             await self._narrow_rights()
 

@@ -37,6 +37,7 @@ from hostler.host.operations.launching import claim
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import Disk, SourceKind
 from hostler.model.errors import AlreadyExists, HostlerError, NotFound
+from hostler.model.image import UserKind
 from hostler.model.job import Job, Progress, StepState
 from hostler.model.machine import RunStatus
 from hostler.model.vm import VmState
@@ -248,6 +249,8 @@ class Move:
         service = self._host.volumes.service
         try:
             volume = await service.get(self.source.path)
+            if any(user.kind is not UserKind.JOB for user in await self._host.volumes.users.of(volume)):
+                return False  # a checkpoint holds it, or another VM reads it
             await service.delete(self.source.path)
             self._host.events.publish("volume", volume.name, None)
         except NotFound:
