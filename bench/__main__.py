@@ -17,7 +17,17 @@ from bench.libvirt import ASKED
 from bench.measure import ROUNDS, Result, table
 from hostler.model.errors import HostlerError
 
-NAMES = ("start", "hotadd", "flatten", "migrate", "cli", "idle", "convert")
+NAMES = (
+    "start",
+    "hotadd",
+    "flatten",
+    "migrate",
+    "storage_migration",
+    "guestio",
+    "cli",
+    "idle",
+    "convert",
+)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

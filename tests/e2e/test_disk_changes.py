@@ -122,6 +122,14 @@ def test_limits(machine: Machine) -> None:
     user("vm", "start", "guest")
     assert converse(user.host, machine.id, seconds) > 1.0
     assert "limited" in user.run("disk", "list", "guest").stdout
+
+    async def requests(guest: GuestSerial) -> int:
+        run = await guest.io(machine.serial, writes=False, random=True, block=4096, depth=4, seconds=2)
+        assert run.bytes == 4096 * run.requests
+        return run.requests
+
+    user("disk", "limit", "guest", "disk0", "--bandwidth", "0", "--iops", "50")
+    assert 0 < converse(user.host, machine.id, requests) < 50 * 3
     user("disk", "limit", "guest", "disk0", "--none")
     assert "limited" not in user.run("disk", "list", "guest").stdout
     user.refused(ErrorCode.INVALID_INPUT, 2, "disk", "limit", "guest", "disk0")

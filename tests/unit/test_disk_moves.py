@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from hostler.host import disks as disk_service
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.disk_requests import DiskMove
 from hostler.model.errors import AlreadyExists, HostLacks, NoSpace, NotFound, QemuFailed, TimedOut, WrongState
 from hostler.model.job import Job, JobState
+from hostler.model.pool import PoolCreate
 from hostler.model.requests import DiskAdd, VmCreate, VolumeRegister
 from hostler.model.units import MiB
 from hostler.model.vm import VmRecord, VmState
@@ -384,3 +386,24 @@ async def test_the_guest_never_runs_on_what_is_not_recorded(
     await node.quiet()
     assert qemu(node).disks["disk0"].source.path == source(node).path
     assert qemu(node).status.value == "running"
+
+
+async def test_a_disk_goes_to_a_pool(node: Node) -> None:
+    await vm(node, "start")
+    place = node.site.directory / "pool"
+    place.mkdir(mode=0o711)
+    await node.application.pools.create(PoolCreate(name="fast", path=str(place)), "test")
+    job = await node.application.disks.move("web", "disk0", DiskMove(pool="fast"), "test")
+    assert isinstance(job, Job)
+    assert (await node.finish(job)).error is None
+    volume = await node.application.volumes.get("a")
+    assert (volume.pool, volume.path) == ("fast", str(place / "a.raw"))
+    job = await move(node, node.site.directory / "b.img")
+    assert (await node.application.volumes.get("a")).pool == ""
+    await move(node, place)
+    assert (await node.application.volumes.get("a")).pool == "fast"
+    with pytest.raises(NotFound, match="pool"):
+        await node.application.disks.move("web", "disk0", DiskMove(pool="slow"), "test")
+    for nonsense in ({}, {"to": "/x", "pool": "fast"}):
+        with pytest.raises(ValidationError):
+            DiskMove.model_validate(nonsense)

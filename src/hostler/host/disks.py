@@ -68,6 +68,7 @@ class DiskService:
             "target": target.to_json(),
             "volume": _made_as(name, target.node),
             "name": name,
+            "pool": await self._host.volumes.pool_at(target.path),
             "keep_source": request.keep_source,
             "limit": request.limit,
         }
@@ -100,14 +101,12 @@ class DiskService:
         """The new image. Refused here is what `create` would refuse later, and too little space."""
         old = disk.source
         format = request.format or (old.format if old.kind is SourceKind.VOLUME else ImageFormat.QCOW2)
-        path = request.to.rstrip("/") or "/"
-        if await asyncio.to_thread(os.path.isdir, path):
-            own = Path(old.path) if old.kind is SourceKind.VOLUME and not request.name else Path(name + SUFFIX[format])
-            path = os.path.join(path, own.name if format is old.format else own.stem + SUFFIX[format])
-        elif request.to.endswith("/"):
-            raise NotFound(f"directory {path}", "does not exist", "create it first, or choose another path")
         size = old.size + -old.size % SECTOR
         token = secrets.token_hex(4)
+        if request.pool is not None:
+            path = await self._host.volumes.place_in(request.pool, name, size, format)
+        else:
+            path = await asyncio.to_thread(_path_for, request, old, format, name)
         target = self._host.volumes.service.check_new(_made_as(name, token), size, format, path)
         await asyncio.to_thread(_require_free, target)
         needed = _space_for(record, disk, format, volume.allocated if volume is not None else 0)
@@ -209,6 +208,18 @@ class DiskService:
         record = await actor.change(edit)
         log.info("disk.changed", vm=record.id, disk=disk_id, by=by, fields=sorted(changes))
         return record
+
+
+def _path_for(request: DiskMove, old: DiskSource, format: ImageFormat, name: str) -> str:
+    """The path of the new image; in a directory it is called like the old one, where that has a name."""
+    to = request.to or ""
+    path = to.rstrip("/") or "/"
+    if not os.path.isdir(path):
+        if to.endswith("/"):
+            raise NotFound(f"directory {path}", "does not exist", "create it first, or choose another path")
+        return path
+    own = Path(old.path) if old.kind is SourceKind.VOLUME and not request.name else Path(name + SUFFIX[format])
+    return os.path.join(path, own.name if format is old.format else own.stem + SUFFIX[format])
 
 
 def _made_as(name: str, token: str) -> str:

@@ -180,6 +180,23 @@ class Volumes:
 
     # for the operations on VMs
 
+    async def place_in(self, pool: str, name: str, size: int, format: ImageFormat) -> str:
+        """The path a new image of that name would have in a pool. InvalidInput for a pool that is not made of files;
+        errors as `Places.plan`."""
+        driver = await self._pools.named(pool)
+        if not driver.pool.in_files:
+            raise InvalidInput(
+                f"pool {pool}",
+                "has LUNs or exports; an image needs a pool of files",
+                "give a directory or a pool of kind directory",
+            )
+        return (await self._places.plan(pool, name, size, format)).path
+
+    async def pool_at(self, path: str) -> str:
+        """The pool whose files lie there, "" for none."""
+        pool = await self._pools.pool_at(path)
+        return pool.name if pool is not None else ""
+
     async def resolve(self, request: DiskAdd) -> DiskSource:
         """What a disk request names. Images are recognised by content; raw ones must be said to be raw, since a guest
         can write any header into a raw image."""

@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from hostler.model.base import Input
 from hostler.model.disk import CacheMode, ImageFormat, IoLimits
+from hostler.model.pool import PoolName
 from hostler.model.requests import Name, Path
 
 Limit = Annotated[int, Field(ge=0, le=2**62)]
@@ -16,15 +17,22 @@ ImageRef = Annotated[str, StringConstraints(min_length=1, max_length=4096, patte
 
 class DiskMove(Input):
     """Copy a disk to another place and go on there. `to`: the path of the new image, or an existing directory, in which
-    it is called like the old one. `format`: of the new image (left out: as it is; qcow2 for what was no image). `name`:
-    of the volume afterwards (left out: its own). `limit`: bytes/s, 0: as fast as it goes. `keep_source`: the old image
-    stays (one that is no volume of this host stays in any case)."""
+    it is called like the old one; or `pool`: a pool of files. `format`: of the new image (left out: as it is; qcow2 for
+    what was no image). `name`: of the volume afterwards (left out: its own). `limit`: bytes/s, 0: as fast as it goes.
+    `keep_source`: the old image stays (one that is no volume of this host stays in any case)."""
 
-    to: Path
+    to: Path | None = None
+    pool: PoolName | None = None
     format: ImageFormat | None = None
     name: Name | None = None
     limit: Limit = 0
     keep_source: bool = False
+
+    @model_validator(mode="after")
+    def _place(self) -> Self:
+        if (self.to is None) == (self.pool is None):
+            raise ValueError("give exactly one of 'to' and 'pool'")
+        return self
 
 
 class DiskGrow(Input):

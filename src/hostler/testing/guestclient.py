@@ -73,6 +73,14 @@ class JournalReading(Seen):
         return self.checked > 0 and not (self.lost or self.torn or self.foreign or self.unreadable)
 
 
+class IoRun(Seen):
+    """What `io` did, in so many nanoseconds of the guest's clock."""
+
+    requests: int
+    bytes: int
+    ns: int
+
+
 class Load(Seen):
     """MiB held, MiB/s asked for, MiB dirtied since the memory was filled."""
 
@@ -154,6 +162,14 @@ class DiskCalls:
         """Read back what `write` with the same arguments wrote."""
         answer = await self.link.request("verify", disk, seed, size, offset, deadline=deadline)
         return RangeVerdict.model_validate(answer)
+
+    async def io(
+        self, disk: str, *, writes: bool, random: bool, block: int, depth: int = 1, seconds: float = 1.0
+    ) -> IoRun:
+        """Read or write (over what is there!) blocks of so many bytes for so long, `depth` at a time."""
+        words = ("write" if writes else "read", "rand" if random else "seq", block, depth, int(seconds * 1000))
+        answer = await self.link.request("io", disk, *words, deadline=seconds + 60)
+        return IoRun.model_validate(answer)
 
     async def pattern_start(self, disk: str, seed: int, span: int | None = None, report_ms: int = 0) -> None:
         """Start the journal on a disk, over `span` bytes; with `report_ms`, events tell the acknowledged number."""

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 DISK = click.argument("disk", shell_complete=completing.disk_ids)
 
-TO = click.option(
-    "--to", required=True, metavar="PATH|DIR", help="Where the new image goes: a path, or an existing directory."
+TO = click.option("--to", metavar="PATH|DIR", help="Where the new image goes: a path, or an existing directory.")
+POOL = click.option(
+    "--pool", metavar="POOL", shell_complete=completing.pool_names, help="The pool of files the new image goes to."
 )
 FORMAT = click.option("--format", type=click.Choice(parsing.FORMATS), help="Of the new image (default: as it is).")
 LIMIT = click.option("--limit", type=parsing.SIZE, metavar="SIZE", help="Copy at most so many bytes a second: 100M.")
@@ -35,6 +36,7 @@ KEEP = click.option("--keep-source", is_flag=True, help="Keep the old image.")
 @options.VM
 @DISK
 @TO
+@POOL
 @FORMAT
 @click.option("--name", metavar="NAME", help="Of the volume afterwards (default: its own).")
 @LIMIT
@@ -49,18 +51,18 @@ def move(settings: Settings, /, vm: str, disk: str, dry_run: bool, wait: bool, *
     The old image is removed afterwards, if it is a volume. Ctrl-C leaves the move running; pressed twice it cancels it.
 
     \b
-    hostler disk move web1 disk0 --to /srv/fast
+    hostler disk move web1 disk0 --pool fast
     hostler disk move web1 disk0 --to /srv/fast/web1.vhdx --format vhdx --limit 100M
     """
     return move_disk(settings, vm, disk, move_request(**given), dry_run=dry_run, wait=wait)
 
 
-def move_request(to: str, **given: Any) -> DiskMove:
+def move_request(to: str | None, **given: Any) -> DiskMove:
     """What the options say."""
     from hostler.model.disk_requests import DiskMove  # noqa: PLC0415 - pydantic only when it is needed
 
     given["keep_source"] = given.get("keep_source") or None
-    return parsing.request(DiskMove, "move of a disk", to=parsing.absolute(to), **given)
+    return parsing.request(DiskMove, "move of a disk", to=to and parsing.absolute(to), **given)
 
 
 def move_disk(settings: Settings, vm: str, disk: str, request: DiskMove, *, dry_run: bool, wait: bool) -> int:

@@ -48,7 +48,8 @@ log = structlog.get_logger()
 
 class Move:
     """One move: what goes where. `params`: `disk_id`; `source` and `target` (DiskSource); `volume`, the name of the
-    target's volume while it is made, `name`, the one it has in the end; `keep_source`; `limit` in bytes/s."""
+    target's volume while it is made, `name`, the one it has in the end; `pool`, the one it is in; `keep_source`;
+    `limit` in bytes/s."""
 
     def __init__(self, host: Host, actor: VmActor, params: Params) -> None:
         self._host = host
@@ -59,6 +60,7 @@ class Move:
         self.target = source_of(params["target"])
         self._volume = str(params["volume"])
         self._name = str(params["name"])
+        self._pool = str(params.get("pool", ""))
         self._keep = bool(params["keep_source"])
         self._limit = int(cast(int, params["limit"]))
         self._copying = Copying(actor, self.disk_id)
@@ -107,7 +109,7 @@ class Move:
             return
         service = self._host.volumes.service
         if not await self._made():
-            await service.create(self._volume, self.target.size, self.target.format, self.target.path)
+            await service.create(self._volume, self.target.size, self.target.format, self.target.path, self._pool)
         await claim(self._host, self._actor, (self.copy,))
         await self._host.resources.grant(self._actor.record.config, self.copy)
 
@@ -164,6 +166,7 @@ class Move:
             self.target.path,
             self.source.format,
             show,
+            self._pool,
         )
 
     async def unfill(self, context: JobContext) -> None:

@@ -43,6 +43,7 @@ static const struct command commands[] = {
     {"release", 0, 0, false, cmd_release},
     {"write", 3, 4, true, cmd_write},
     {"verify", 3, 4, true, cmd_verify},
+    {"io", 6, 6, true, cmd_io},
     {"pattern-start", 2, 4, false, cmd_pattern_start},
     {"pattern-stop", 0, 0, true, cmd_pattern_stop},
     {"pattern-status", 0, 0, false, cmd_pattern_status},

@@ -60,6 +60,9 @@ void cmd_release(const struct request *request);
 void cmd_write(const struct request *request);
 void cmd_verify(const struct request *request);
 
+/* io.c */
+void cmd_io(const struct request *request);
+
 /* journal.c */
 void cmd_pattern_start(const struct request *request);
 void cmd_pattern_stop(const struct request *request);
