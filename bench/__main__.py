@@ -27,6 +27,7 @@ NAMES = (
     "cli",
     "idle",
     "convert",
+    "checkpoint",
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 
