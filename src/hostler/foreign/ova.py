@@ -22,7 +22,8 @@ MAX_HEADERS = 8 * MAX_MEMBERS
 """Headers of all kinds, also of what is left out."""
 MAX_EXTENDED = 64 * 1024
 """Bytes of a long name or pax header."""
-_PAX = re.compile(rb"\d+ (path|size)=([^\n]*)\n")
+_PAX = re.compile(rb"(?<!\d)\d{1,8} (path|size)=([^\n]*)\n")
+"""Bounded, since a search holds up the whole daemon: without the bound a header of digits takes seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,13 @@ class _Stoppable(io.BufferedReader):
 
 
 def write_archive(target: str, files: Sequence[tuple[str, str]], stop: Callable[[], bool]) -> None:
-    """An archive with these files (name and path), in this order: descriptor, manifest, disks. OSError as writing
-    fails; what is there of it is of no use once `stop` said yes."""
-    with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive, suppress(_Stopped):
+    """A new archive, mode 0600, with these files (name and path), in this order: descriptor, manifest, disks. OSError
+    as writing fails; what is there of it is of no use once `stop` said yes."""
+    with (
+        open(target, "xb", opener=_private) as made,
+        tarfile.open(fileobj=made, mode="w", format=tarfile.GNU_FORMAT) as archive,
+        suppress(_Stopped),
+    ):
         for name, path in files:
             member = tarfile.TarInfo(name)
             member.size = os.stat(path).st_size
@@ -162,6 +167,10 @@ def write_archive(target: str, files: Sequence[tuple[str, str]], stop: Callable[
             with _Stoppable(io.FileIO(path)) as file:
                 file.stop = stop
                 archive.addfile(member, file)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 @dataclass(frozen=True, slots=True)

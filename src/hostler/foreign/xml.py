@@ -10,12 +10,14 @@ import re
 from typing import Any
 
 from hostler.foreign.errors import bad_description
+from hostler.model.errors import InvalidInput
 
 MAX_SIZE = 16 * 1024**2
 """Bytes of a description. A Hyper-V configuration has some 100 KiB, an OVF less; an export of a VM with 50 snapshots
 has 5 MiB."""
 MAX_DEPTH = 64
 MAX_ELEMENTS = 400_000
+MAX_ATTRIBUTES = 800_000
 
 Element = Any
 """An lxml element; lxml has no types of its own."""
@@ -41,6 +43,9 @@ def read_xml(data: bytes, path: str, bare_doctype: bool = False) -> Element:
         text = _BARE_DOCTYPE.sub("", text, count=1)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise bad_description(path, "declares a document type, which is not read from strangers", "remove it")
+    # Before parsing: an element of four characters takes 120 bytes once it is parsed, and an attribute more.
+    if text.count("<") > 2 * MAX_ELEMENTS or text.count("=") > MAX_ATTRIBUTES:
+        raise _too_much(path)
     from lxml import etree  # noqa: PLC0415 - 6 MB that only a daemon which reads such a description has to carry
 
     parser = etree.XMLParser(
@@ -82,8 +87,12 @@ def _bound(root: Element, path: str) -> None:
         element, depth = stack.pop()
         count += 1
         if depth > MAX_DEPTH or count > MAX_ELEMENTS:
-            raise bad_description(path, "has more elements, or deeper ones, than any real description")
+            raise _too_much(path)
         stack.extend((child, depth + 1) for child in element)
+
+
+def _too_much(path: str) -> InvalidInput:
+    return bad_description(path, "has more elements, or deeper ones, than any real description")
 
 
 def local(element: Element) -> str:

@@ -11,7 +11,7 @@ import os
 import struct
 from dataclasses import dataclass
 
-from hostler.model.disk import ImageFormat
+from hostler.model.disk import DiskSource, ImageFormat, SourceKind
 from hostler.model.errors import BadImage
 from hostler.storage import footer as vhd
 from hostler.storage import vhdx
@@ -85,6 +85,15 @@ def recognise(path: str, declared: ImageFormat | None = None, deep: bool = False
         raise BadImage(f"image {path}", f"cannot be read: {error.strerror}", "look at the disk it is on") from error
     finally:
         os.close(fd)
+
+
+def require_own_data(source: DiskSource) -> None:
+    """BadImage if a qcow2 layer keeps its data in another file, which qemu-img would open as whoever we are. What is
+    below a layer can be said to qemu-img; that there is no such file cannot, so this is asked again before each use of
+    an image that a VM could write. Blocking."""
+    for layer in source.layers():
+        if layer.kind is SourceKind.VOLUME and layer.format is ImageFormat.QCOW2:
+            recognise(layer.path, layer.format, overlay=True)
 
 
 def _sizes(fd: int) -> tuple[int, int]:

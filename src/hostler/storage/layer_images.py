@@ -2,7 +2,8 @@
 
 Whatever is opened here is opened by a description of the whole chain, made from our record (`json:`): the backing file
 that an image names in its header is for people with other tools, and is never followed, since who writes an image can
-write there what he likes. A merge may be broken off at any moment and done again: the upper layer keeps all it has.
+write there what he likes. A layer that says its data is in another file is refused: QEMU would open that as root. A
+merge may be broken off at any moment and done again: the upper layer keeps all it has.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 from hostler.model.disk import DiskSource, ImageFormat, SourceKind
 from hostler.model.errors import HostlerError, WrongState
 from hostler.storage import programs
-from hostler.storage.formats import QEMU_DRIVER
+from hostler.storage.formats import QEMU_DRIVER, require_own_data
 from hostler.storage.qemu_img import COPY_BOUNDS, QUICK, OnProgress, explain, explain_os, new_file, teller
+from hostler.storage.waiting import in_thread
 
 NEVER_WRITTEN = frozenset({SourceKind.CHAIN})
 """What a merge never goes into: files of Hyper-V's that others may build on."""
@@ -48,6 +50,7 @@ class LayerImages:
         must be open nowhere. InUse, NoSpace, BadImage, WrongState (a source that only a running VM can reach)."""
         below = top.backing
         assert below is not None
+        await in_thread(f"layer {top.path}", lambda: require_own_data(top))
         argv = [self._binary, "commit", "-d", "-p", "--", described(top)]
         outcome = await programs.run(argv, f"layer {top.path}", None, COPY_BOUNDS, teller(on_progress))
         if outcome.status != 0:
@@ -67,6 +70,7 @@ class LayerImages:
     ) -> None:
         """A new image with all that the chain has, and nothing below it. Errors as `create`; InUse when a running VM
         writes the top layer. Cancelled, nothing is left."""
+        await in_thread(f"layer {top.path}", lambda: require_own_data(top))
         async with new_file(path) as part:
             argv = [self._binary, "create", "-q", "-f", QEMU_DRIVER[format], *_options(format), "--", part]
             outcome = await programs.run([*argv, str(top.size)], f"image {path}", QUICK)

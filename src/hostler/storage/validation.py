@@ -35,7 +35,8 @@ async def validate(path: str, format: ImageFormat, image: QemuImg, repair: bool)
         await in_thread(f"image {path}", lambda: recognise(path, format, deep=True))
         findings = await in_thread(f"image {path}", lambda: _structure(path, format, repair))
     except BadImage as error:
-        if not (format is ImageFormat.QCOW2 and repair):  # QEMU may know how to mend it
+        # QEMU may know how to mend a qcow2, but opens for writing what one refers to: as root, whatever that is.
+        if not (format is ImageFormat.QCOW2 and repair) or "refers" in error.details:
             return Verdict(path=path, verdict=Soundness.DAMAGED, errors=1, findings=(error.cause,), checked_by=(_OURS,))
         findings = Findings([error.cause], errors=1)
     if format in (ImageFormat.QCOW2, ImageFormat.VHDX):

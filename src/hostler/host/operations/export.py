@@ -32,7 +32,7 @@ from hostler.model.vm import VmConfig, VmRecord, VmState
 from hostler.removal import remove_tree
 from hostler.storage.clone import clone
 from hostler.storage.digest import digest_of
-from hostler.storage.formats import SUFFIX
+from hostler.storage.formats import SUFFIX, require_own_data
 from hostler.storage.nodes import read_node
 from hostler.storage.qemu_img import PART, OnProgress, explain_os, new_file
 from hostler.storage.waiting import interruptible
@@ -155,6 +155,8 @@ class _Export:
         part = self._part(context)
         await asyncio.to_thread(remove_tree, part)
         await self._host.claims.claim(self._actor.record.id, self._config.disks, self._actor.record.generation)
+        for disk in exported(self._config):
+            await asyncio.to_thread(require_own_data, disk.source)  # the VM may have run since the export was asked for
         try:
             os.mkdir(part, PASSABLE)
             os.chmod(part, PASSABLE)  # whatever the umask
