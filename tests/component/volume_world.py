@@ -64,7 +64,7 @@ async def volume_world(directory: Path, where: Path | None = None) -> AsyncItera
     events, claims = EventHub(), ClaimBook(store)
     service = VolumeService(store, where, PROFILES[Profile.HOSTLER], claims)
     jobs = JobRunner(store, events)
-    pools = Pools(PoolBook(store), service, events, where, tuple)
+    pools = Pools(PoolBook(store), service, events, where, "this", tuple)
     tools = Tools(VolumeChanges(store, service), VolumeUsers({}, claims, service), events)
     work = VolumeWork(tools, claims, jobs, pools, Places(pools, service, tuple))
     try:

@@ -142,7 +142,8 @@ async def _spawn(argv: Sequence[str], bounds: Bounds, as_user: Admitted | None =
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             pass_fds=() if as_user is None else as_user.fds,
-            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            # One heap for all threads: glibc reserves 64 MiB of address space for each further one, which is bounded.
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "MALLOC_ARENA_MAX": "1"},
         )
     except (FileNotFoundError, PermissionError) as error:
         raise _lacks("setpriv") from error
