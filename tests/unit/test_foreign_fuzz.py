@@ -19,7 +19,6 @@ from hostler.testing import hyperv_export as made
 from hostler.testing.hyperv_export import Drive, Machine
 
 pytestmark = pytest.mark.unit
-pytest.importorskip("lxml")  # an environment that is older than the lock
 
 MACHINE = Machine(ide={(0, 0): Drive("D:\\a.vhd")}, scsi=({0: Drive("D:\\b.vhd")},), saved=True)
 

@@ -18,7 +18,6 @@ from hostler.testing import hyperv_export as made
 from hostler.testing.hyperv_export import Adapter, Drive, Machine
 
 pytestmark = pytest.mark.unit
-pytest.importorskip("lxml")  # an environment that is older than the lock
 
 FULL = Machine(
     name="Büro-Server <1>",

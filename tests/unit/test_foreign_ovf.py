@@ -21,7 +21,6 @@ from hostler.model.units import GiB, MiB
 from hostler.model.vm import Firmware, VmConfig
 
 pytestmark = pytest.mark.unit
-pytest.importorskip("lxml")  # an environment that is older than the lock
 
 # As VMware writes it, shortened to what a reader meets.
 VMWARE = """<?xml version="1.0" encoding="UTF-8"?>
