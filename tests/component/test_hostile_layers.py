@@ -69,3 +69,10 @@ async def test_a_repair_does_not_open_what_a_header_names(theirs: Path, hostile:
 def _named(top: DiskSource) -> str:
     """The layer alone, since what is below it is hostile."""
     return "json:" + f'{{"driver": "qcow2", "backing": null, "file": {{"driver": "file", "filename": "{top.path}"}}}}'
+
+
+async def test_a_new_name_of_what_is_below_opens_nothing_else(theirs: Path, hostile: DiskSource) -> None:
+    theirs.unlink()  # QEMU would say that it is not there
+    below = DiskSource(path=str(theirs), format=ImageFormat.RAW, size=MiB, node="b")
+    with pytest.raises(BadImage, match="external data file"):
+        await LayerImages().name_below(hostile, below)

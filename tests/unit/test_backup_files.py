@@ -120,6 +120,15 @@ def test_a_header_that_asks_for_huge_tables_is_refused(tmp_path: Path) -> None:
         read([made])
 
 
+def test_checksums_that_never_come_are_refused(tmp_path: Path) -> None:
+    made = link(tmp_path / "a.qcow2", 8 * BLOCK, {0: block(1)})
+    sums = made.path.with_suffix(".sums")
+    sums.unlink()
+    os.mkfifo(sums)
+    with pytest.raises(BadImage, match="checksums"):
+        read([made])
+
+
 def test_checksums_of_another_backup_are_refused(tmp_path: Path) -> None:
     one = link(tmp_path / "a.qcow2", 8 * BLOCK, {0: block(1)})
     two = link(tmp_path / "b.qcow2", 8 * BLOCK, {0: block(2)})

@@ -61,7 +61,7 @@ def place_state(files: Mapping[str, str], state_dir: str, uid: int | None) -> No
 
 def _read(path: str) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise _bad(path, error.strerror or "cannot be opened") from error
     with open(fd, "rb") as file:

@@ -185,6 +185,8 @@ class _Import:
     async def _make(self, disk: ImportDisk, job_id: str, show: OnProgress) -> None:
         service = self._host.volumes.service
         assert disk.path is not None
+        if await asyncio.to_thread(os.path.realpath, disk.path) != disk.path:
+            raise BadImage(f"file {disk.path}", "has become a link since it was looked at", "look at who changes it")
         target = disk.target_format or ImageFormat.QCOW2
         if disk.fate is DiskFate.REGISTER:
             volume = await service.register(disk.volume, disk.path, disk.format, job_id)
@@ -287,7 +289,8 @@ class _Import:
             if source is not None:
                 disks.append(disk.but(source=source))
             elif fate.fate is DiskFate.ATTACH:
-                disks.append(disk)
+                medium = disk.source if fate.path is None else DiskSource(path=fate.path, size=fate.size)
+                disks.append(disk.but(source=medium))
         every = [a.record.config for a in self._host.actors.values()]
         identity = {} if self._params["keep_id"] else {"generation_id": new_id()}
         run_as = self._host.resources.user_for(self._vm_id, every)

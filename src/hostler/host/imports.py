@@ -221,7 +221,12 @@ async def _find_image(
         shown = shown.but(path=found.description, offset=member.offset, allocated=member.size)
         return await _in_archive(shown, member.size, request)
     directories = [*found.directories, *request.search]
-    path = await in_thread(f"disk {name}", lambda: locate_image(disk.name, directories))
+
+    def look() -> str | None:
+        there = locate_image(disk.name, directories)
+        return None if there is None else real_inside(there, found, request)
+
+    path = await in_thread(f"disk {name}", look)
     if path is None:
         where = ", ".join(directories) or "the archive"
         raise NotFound(f"file {name}", f"is not there (looked in {where})", "give its directory with --search")
@@ -234,6 +239,24 @@ async def _find_image(
         length = await in_thread(f"image {path}", lambda: os.stat(path).st_size)
         return _of_vmdk(shown, seen.size, length, request)
     return await _of_image(host, made, shown, disk, path, request)
+
+
+def real_inside(path: str, found: Found, request: ImportRequest) -> str:
+    """The file without links. InvalidInput for one that is elsewhere than where was to be looked: whoever packed the
+    folder could make a disk of any file of this host by a link."""
+    real = os.path.realpath(path)
+    top = request.path if os.path.isdir(request.path) else os.path.dirname(request.path)
+    if os.path.basename(os.path.realpath(top)).lower() == "virtual machines":
+        top = os.path.dirname(os.path.realpath(top))
+    places = [os.path.realpath(place) for place in (top, *request.search)]
+    named = path == request.path and found.machine.kind is ForeignKind.IMAGE
+    if not named and not any(os.path.commonpath((place, real)) == place for place in places):
+        raise InvalidInput(
+            f"file {path}",
+            f"leads to {real}, which is outside of what is imported",
+            "put the file itself there, or give its directory with --search",
+        )
+    return real
 
 
 def _head(path: str) -> bytes:
@@ -288,6 +311,7 @@ async def _of_chain(host: Host, made: Survey, shown: ImportDisk, path: str, requ
     if bad is not None:
         raise BadImage(f"image {bad.path}", f"{base_name(bad.path)} {bad.problem}", bad.advice)
     for image in chain.images:
+        await in_thread(f"image {image.path}", lambda path=image.path: real_inside(path, made.found, request))  # type: ignore[misc]
         for warning in image.warnings:
             made.add(RemarkKind.CHANGED, f"image {base_name(image.path)}", warning)
     if request.in_place:

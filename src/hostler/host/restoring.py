@@ -7,6 +7,7 @@ What was made is the job's, by its record: undone, it goes.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,7 +24,7 @@ from hostler.model.errors import HostlerError, NotFound
 from hostler.model.job import Progress
 from hostler.model.names import new_id
 from hostler.model.nic import Network, Nic
-from hostler.model.vm import VmConfig
+from hostler.model.vm import KernelBoot, VmConfig
 from hostler.network.mac import new_mac
 from hostler.storage.backups.directory import BackupDirectory
 from hostler.storage.backups.reading import Link
@@ -146,12 +147,15 @@ async def restored_config(
     others = [a.record.config for a in host.actors.values() if a.record.id != vm_id]
     taken = {n.mac for c in others for n in c.nics}
     nics = [await _restored_nic(host, nic, taken, changed) for nic in old.nics]
-    disks = [d for disk in old.disks if (d := _restored_disk(disk, sources, changed)) is not None]
+    known = host.actors.get(old.id)
+    trusted = None if known is None else known.record.config
+    disks = [d for disk in old.disks if (d := _restored_disk(disk, sources, trusted, changed)) is not None]
     config = old.but(
         id=vm_id,
         name=name,
         disks=tuple(disks),
         nics=tuple(nics),
+        kernel=_restored_kernel(old.kernel, trusted, changed),
         generation_id=new_id(),
         run_as=host.resources.user_for(vm_id, others),
     )
@@ -159,13 +163,39 @@ async def restored_config(
     return config, changed
 
 
-def _restored_disk(disk: Disk, sources: dict[str, DiskSource], changed: list[str]) -> Disk | None:
+def _restored_disk(
+    disk: Disk, sources: dict[str, DiskSource], trusted: VmConfig | None, changed: list[str]
+) -> Disk | None:
+    """A disk that is not in the backup is a file of this host, which the manifest only names. Who can write manifests
+    must not reach by one what he could not reach himself."""
     if disk.id in sources:
         return disk.but(source=sources[disk.id], reservations=False)
-    if disk.source.kind is SourceKind.EMPTY or (disk.source.local and os.path.exists(disk.source.path)):
+    if disk.source.kind is SourceKind.EMPTY:
         return disk
-    changed.append(f"disk {disk.id} is left out: {disk.source.path} is not in the backup and not here")
+    same = trusted is not None and trusted.disk(disk.id) == disk
+    if not disk.writes and (same or (disk.source.kind is SourceKind.VOLUME and _is_everybodys(disk.source.path))):
+        return disk
+    why = "is not in the backup, and not here as a file that everybody may read; attach it anew"
+    changed.append(f"disk {disk.id} is left out: {disk.source.path} {why}")
     return None
+
+
+def _restored_kernel(kernel: KernelBoot | None, trusted: VmConfig | None, changed: list[str]) -> KernelBoot | None:
+    """As with disks: the VM's user is let in to a kernel and what goes with it."""
+    if kernel is None or (trusted is not None and trusted.kernel == kernel):
+        return kernel
+    if all(_is_everybodys(path) for path in (kernel.kernel, kernel.initrd) if path is not None):
+        return kernel
+    changed.append(f"its kernel is left out: {kernel.kernel} is not here as a file that everybody may read")
+    return None
+
+
+def _is_everybodys(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) and bool(mode & stat.S_IROTH)
 
 
 async def _restored_nic(host: Host, nic: Nic, taken: set[str], changed: list[str]) -> Nic:

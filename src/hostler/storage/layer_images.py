@@ -59,6 +59,7 @@ class LayerImages:
 
     async def name_below(self, layer: DiskSource, below: DiskSource) -> None:
         """Write into a layer's header what it builds on now. Nobody may have it open."""
+        await in_thread(f"layer {layer.path}", lambda: require_own_data(layer))
         named = _named(below) or ["-b", ""]
         argv = [self._binary, "rebase", "-q", "-u", "-f", "qcow2", *named, "--", layer.path]
         outcome = await programs.run(argv, f"layer {layer.path}", QUICK)

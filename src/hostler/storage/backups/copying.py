@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,7 @@ OnBytes = Callable[[int], None]
 """Called with the bytes that were dealt with since the last call."""
 CHECKSUM = 32
 """Bytes of a checksum: SHA-256."""
+_PIECE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +150,33 @@ class DiskSink:
         self._file.close()
 
 
-def read_sums(path: Path, blocks: int, digest: str, subject: str) -> bytes:
-    """The checksums of a file, if they are what the manifest says. BadImage otherwise. Blocking."""
+def open_sums(path: Path, blocks: int, digest: str, subject: str) -> int:
+    """The checksums of a file, open, if they are what the manifest says; the caller closes them. BadImage otherwise.
+    They are read as they are needed: a sparse file of some GiB takes no room on disk. Blocking."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise BadImage(
             subject, f"its checksums cannot be read: {error.strerror}", "use another backup", damaged=True
         ) from error
-    with os.fdopen(fd, "rb") as file:
-        content = file.read(blocks * CHECKSUM + 1)
-    if len(content) != blocks * CHECKSUM or hashlib.sha256(content).hexdigest() != digest:
-        raise BadImage(subject, "its checksums are damaged", "use another backup", damaged=True)
-    return content
+    try:
+        found = os.fstat(fd)
+        intact = stat.S_ISREG(found.st_mode) and found.st_size == blocks * CHECKSUM
+        if not intact or _sha256(fd, found.st_size) != digest:
+            raise BadImage(subject, "its checksums are damaged", "use another backup", damaged=True)
+    except OSError as error:
+        os.close(fd)
+        raise BadImage(
+            subject, f"its checksums cannot be read: {error.strerror}", "use another backup", damaged=True
+        ) from error
+    except BadImage:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sha256(fd: int, size: int) -> str:
+    found = hashlib.sha256()
+    for at in range(0, size, _PIECE):
+        found.update(os.pread(fd, min(_PIECE, size - at), at))
+    return found.hexdigest()

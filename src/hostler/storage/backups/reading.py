@@ -12,7 +12,7 @@ from typing import Self
 
 from hostler.model.backup import BackedDisk
 from hostler.model.errors import BadImage, HostlerError, NotFound
-from hostler.storage.backups.copying import CHECKSUM, checksum, read_sums
+from hostler.storage.backups.copying import CHECKSUM, checksum, open_sums
 from hostler.storage.backups.qcow2 import Entry, Reader
 from hostler.storage.files import open_regular
 
@@ -44,7 +44,8 @@ class _File:
         self.reader = Reader(fd, link.subject)
         if self.reader.size != link.disk.size:
             raise self.damaged("has another size than its manifest says")
-        self._sums = read_sums(link.path.with_suffix(".sums"), link.disk.blocks, link.disk.sums, link.subject)
+        self._sums = open_sums(link.path.with_suffix(".sums"), link.disk.blocks, link.disk.sums, link.subject)
+        stack.callback(os.close, self._sums)
         self._next = 0
 
     def damaged(self, cause: str) -> BadImage:
@@ -56,7 +57,7 @@ class _File:
         for entry in self.reader.region(number):
             if self._next >= self.link.disk.blocks:
                 raise self.damaged("holds more blocks than its manifest says")
-            value = self._sums[self._next * CHECKSUM : (self._next + 1) * CHECKSUM]
+            value = os.pread(self._sums, CHECKSUM, self._next * CHECKSUM)
             found[entry.index] = (entry, value)
             self._next += 1
         return found
