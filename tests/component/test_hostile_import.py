@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hostler.host.layer_changes import layers_of
 from hostler.host.restoring import restored_config
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.foreign import ImportReport, RemarkKind
-from hostler.model.requests import VmCreate
+from hostler.model.requests import DiskAdd, VmCreate
 from hostler.model.transfer import ImportRequest
 from hostler.model.units import MiB
 from hostler.model.vm import KernelBoot, VmConfig
@@ -37,6 +38,13 @@ def theirs(tmp_path: Path) -> Path:
     path = tmp_path / "volumes" / "boot.vhdx"
     path.parent.mkdir()
     subprocess.run(["qemu-img", "create", "-q", "-f", "vhdx", path, "8M"], check=True)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "8M"], check=True)
     return path
 
 
@@ -110,3 +118,16 @@ async def test_a_manifest_gives_a_vm_nothing_of_this_host(node: Node, tmp_path: 
     kernel = kernel.but(initrd=None)
     config, _ = await restored_config(host, old.but(kernel=kernel), old.id, "back", {})
     assert config.kernel == kernel
+
+
+async def test_a_layer_that_another_vm_reads_by_another_name_stays(node: Node, tmp_path: Path, base: Path) -> None:
+    path, link = base, tmp_path / "link.qcow2"
+    link.symlink_to(path)
+    vms = node.application.vms
+    await vms.create(VmCreate(name="one", memory=64 * MiB, disks=(DiskAdd(volume=str(path)),)), "test")
+    record = vms.get("one")
+    layers, _ = await layers_of(node.application.host, record, [])
+    assert [layer.fixed for layer in layers] == [False]
+    await vms.create(VmCreate(name="two", memory=64 * MiB, disks=(DiskAdd(volume=str(link), read_only=True),)), "test")
+    layers, _ = await layers_of(node.application.host, record, [])
+    assert [layer.fixed for layer in layers] == [True]

@@ -183,6 +183,16 @@ async def test_blocks_out_of_order_are_refused_and_the_copy_is_spoilt(tmp_path: 
     sink.close()
 
 
+async def test_a_client_has_no_more_connections_than_it_needs(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    async with serving(path, {}):
+        opened = [await asyncio.open_unix_connection(path) for _ in range(6)]
+        greetings = [await reader.read(8) for reader, _ in opened]
+        assert sorted(greetings) == [b"", b"", *[b"NBDMAGIC"] * 4]
+        for _, writer in opened:
+            writer.close()
+
+
 @pytest.mark.parametrize("junk", [b"", b"\0" * 4, b"GET / HTTP/1.0\r\n\r\n" * 9, b"\0\0\0\3IHAVEOPT" + b"\xff" * 64])
 async def test_nonsense_ends_the_connection(tmp_path: Path, junk: bytes) -> None:
     path = str(tmp_path / "s")

@@ -6,14 +6,17 @@ lies beside them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 from hostler.host.checkpoint_book import put, remove
 from hostler.host.context import Host
 from hostler.host.layer_changes import used_by_others
 from hostler.model.checkpoint import Luggage, pack, unpack
+from hostler.model.disk import SourceKind
 from hostler.model.migration import Blocker, BlockerKind, Incoming
 from hostler.model.vm import VmRecord
+from hostler.model.volume import Volume, VolumeState
 from hostler.storage.catalogue import Catalogue
 from hostler.store.contract import Delete, Put
 
@@ -35,10 +38,22 @@ async def arrive(host: Host, incoming: Incoming) -> list[Put | Delete]:
     catalogue, writes = Catalogue(host.store), list[Put | Delete]()
     for checkpoint in unpack(incoming.luggage.family):
         writes.append(put(checkpoint.model_copy(update={"vm": incoming.config.id})))
-    for volume in incoming.luggage.volumes:
+    for volume in own_volumes(incoming):
         if await catalogue.find(volume.path) is None and await catalogue.find(volume.name) is None:
             writes += catalogue.plan_add(volume).writes
     return writes
+
+
+def own_volumes(incoming: Incoming) -> list[Volume]:
+    """The records of its layers, as far as they are that: what a record says is what this host may delete. Pure."""
+    config, family = incoming.config, incoming.luggage.family
+    layers = [layer for disk in config.disks for layer in disk.source.layers()] + list(family.layers.values())
+    made = {layer.path for layer in layers if layer.node and layer.kind is SourceKind.VOLUME}
+    return [
+        volume.but(state=VolumeState.READY, job="", made_by="")
+        for volume in incoming.luggage.volumes
+        if volume.owner == config.id and volume.path in made and volume.kind is SourceKind.VOLUME
+    ]
 
 
 async def leave(host: Host, vm: str) -> list[Put | Delete]:
@@ -65,7 +80,7 @@ async def shared_layers(host: Host, record: VmRecord) -> Sequence[Blocker]:
     configs = [record.config, *(p.config for p in points if p.config is not None)]
     layers = (s for c in configs for d in c.disks for s in d.source.layers() if d.writes or d.source.backing)
     foreign = await used_by_others(host, record.id)
-    found = {s.path: foreign[s.path] for s in layers if s.path in foreign}
+    found = {s.path: foreign[real] for s in layers if (real := os.path.realpath(s.path)) in foreign}
     return [_shared(path, name) for path, name in found.items()]
 
 

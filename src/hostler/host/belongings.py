@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from hostler.host.context import Host
@@ -35,7 +36,7 @@ async def belongings(host: Host, record: VmRecord, disks: bool) -> Belongings:
             goes = disks and host.volumes.is_deletable(disk.at(layer))
             if layer.path:
                 paths[layer.path] = paths.get(layer.path, False) or goes
-    removed = [path for path, goes in paths.items() if goes and path not in foreign]
+    removed = [path for path, goes in paths.items() if goes and os.path.realpath(path) not in foreign]
     return Belongings(
         removed=tuple(removed),
         kept=tuple(path for path in paths if path not in removed),

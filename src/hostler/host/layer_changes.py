@@ -157,19 +157,20 @@ async def layers_of(
             found.append(Layer(volume.path, volume.backing, fixed=True))
             held.add(volume.path)
     for path, layer in known.items():
-        fixed = path in foreign or not can_take(layer, largest[path])
+        fixed = os.path.realpath(path) in foreign or not can_take(layer, largest[path])
         parent = layer.backing.path if layer.backing is not None else None
         found.append(Layer(path, parent, made=os.path.realpath(path) in made, fixed=fixed))
     return found, held
 
 
 async def used_by_others(host: Host, vm: str) -> dict[str, str]:
-    """Paths of layers that other VMs of this host, or their checkpoints, read; with the VM's name."""
+    """Layers that other VMs of this host, or their checkpoints, read, by their paths without links; with the VM's
+    name."""
     found: dict[str, str] = {}
     for owner, config in await _configs(host):
         if owner != vm:
             for path in (layer.path for disk in config.disks for layer in disk.source.layers()):
-                found[path] = config.name
+                found[os.path.realpath(path)] = config.name
     return found
 
 

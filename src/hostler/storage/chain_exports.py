@@ -69,7 +69,7 @@ def _open(path: str) -> Chain:
 
 async def _spawn(control: str, nbd: str, name: str, chain: Chain, run_as: int | None) -> None:
     """The locks are of the open files and so go along with them."""
-    argv = [sys.executable, "-m", PROGRAM, "--daemonize", "--chardev", control_option(control), "--nbd", nbd]
+    argv = [sys.executable, "-P", "-m", PROGRAM, "--daemonize", "--chardev", control_option(control), "--nbd", nbd]
     argv += ["--name", name]
     if run_as is not None and os.geteuid() == 0:
         argv += ["--user", f"{run_as}:{mark(os.path.dirname(control), Part.EXPORT)}"]

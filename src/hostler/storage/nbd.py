@@ -17,11 +17,13 @@ from typing import Protocol
 
 from hostler.model.errors import HostlerError, NoSpace
 
-WRITE_MAX = 32 * 1024 * 1024
-"""Bytes of one write: what every NBD client keeps to."""
+WRITE_MAX = 2 * 1024 * 1024
+"""Bytes of one write, as the client is told: twice what our copies ask for at once. It is held in memory."""
 _OPTION_MAX = 4096
 _OPTIONS = 64
-_CLIENTS = 64
+_MORE_CLIENTS = 4
+"""Connections beside one for each disk: those of an earlier attempt may still be there. A hostile client would hold one
+write in memory for each."""
 
 _CLIENT_MAGIC = b"IHAVEOPT"
 _OPTION_REPLY = 0x0003_E889_0455_65A9
@@ -51,7 +53,7 @@ async def serving(path: str, sinks: Mapping[str, Sink], uid: int | None = None) 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(clients) >= _CLIENTS:
+        if len(clients) >= len(sinks) + _MORE_CLIENTS:
             writer.close()
             return
         clients[task] = writer

@@ -26,7 +26,7 @@ async def flatten(
     more), going on where an earlier attempt was stopped. Parents are looked for beside each image and in `search`.
     Cancelling kills the process and leaves `part` as it is. BadImage, InUse, NotFound, NoSpace, NotPermitted,
     InvalidInput."""
-    argv = [sys.executable, "-m", PROGRAM, part, format, str(size), image, *search]
+    argv = [sys.executable, "-P", "-m", PROGRAM, part, format, str(size), image, *search]
     outcome = await programs.run(argv, f"image {image}", None, BOUNDS, _teller(on_progress))
     if outcome.status != 0:
         raise _refusal(image, outcome)
