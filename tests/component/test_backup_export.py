@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hostler.host.backup_exports import plan_export
+from hostler.host.backups.exports import plan_export
 from hostler.model.backup import BLOCK, BackedDisk, Backup
 from hostler.model.disk import ImageFormat
 from hostler.model.job import Job, JobState

@@ -10,7 +10,7 @@ from pathlib import Path
 import images
 import pytest
 
-from hostler.host.readers import BASE, SPAN, Readers
+from hostler.host.volumes.readers import BASE, SPAN, Readers
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import NotFound
 from hostler.model.units import MiB
@@ -127,7 +127,7 @@ async def test_the_program_dies_with_us_although_it_is_another_user(place: Path)
     path.write_bytes(b"x")
     program = (
         "import asyncio, sys\n"
-        "from hostler.host.readers import Readers\nfrom hostler.storage import programs\n"
+        "from hostler.host.volumes.readers import Readers\nfrom hostler.storage import programs\n"
         "async def main():\n"
         "    with Readers().admit({sys.argv[1]: False}) as as_user:\n"
         "        async with programs.running(['sleep', '1000'], as_user=as_user) as child:\n"

@@ -10,11 +10,11 @@ from typing import Any
 
 from hostler.host.events import EventHub
 from hostler.host.jobs import JobRunner
-from hostler.host.pool_places import Places
-from hostler.host.pools import Pools
-from hostler.host.volume_operations.base import Tools
-from hostler.host.volume_users import VolumeUsers
-from hostler.host.volume_work import VolumeWork
+from hostler.host.pools.places import Places
+from hostler.host.pools.service import Pools
+from hostler.host.volumes.operations.base import Tools
+from hostler.host.volumes.users import VolumeUsers
+from hostler.host.volumes.work import VolumeWork
 from hostler.model.disk import ImageFormat
 from hostler.model.job import Job, JobState
 from hostler.model.limits import PROFILES, Profile

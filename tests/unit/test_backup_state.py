@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hostler.host.backup_state import MOST, NAME, bring_state, keep_state
+from hostler.host.backups.state import MOST, NAME, bring_state, keep_state
 from hostler.model.backup_requests import BackupList, BackupRestore, BackupRun
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import BadImage

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostler.host.layers import Layer, Merge, Remove, depth, merged, on_top, plan_merges, with_sources, without_top
+from hostler.host.checkpoints.layers import (
+    Layer,
+    Merge,
+    Remove,
+    depth,
+    merged,
+    on_top,
+    plan_merges,
+    with_sources,
+    without_top,
+)
 from hostler.model.disk import Disk, DiskSource, ImageFormat
 from hostler.model.vm import VmConfig
 

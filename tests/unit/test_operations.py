@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hostler.host.backups import KINDS as BACKUP_JOBS
+from hostler.host.backups.service import KINDS as BACKUP_JOBS
 from hostler.host.operations import OPERATIONS
-from hostler.host.volume_operations import VOLUME_OPERATIONS
+from hostler.host.volumes.operations import VOLUME_OPERATIONS
 from hostler.model.errors import HostLacks, NoSpace, WrongState
 from hostler.model.job import JobState
 from hostler.model.requests import VmChange

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from hostler.host.pool_views import warnings
+from hostler.host.pools.views import warnings
 from hostler.model.disk import ImageFormat, SourceKind
 from hostler.model.errors import (
     AlreadyExists,

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from hostler.host import room
-from hostler.host.room import RoomKeeper
+from hostler.host.pools import room
+from hostler.host.pools.room import RoomKeeper
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import TimedOut
 from hostler.model.machine import RunStatus

@@ -15,33 +15,33 @@ from hostler.cluster.migrations import MigrationService
 from hostler.cluster.peers import PeerBook, PeerLink
 from hostler.host.actor import VmActor
 from hostler.host.adoption import Adoption, autostart
-from hostler.host.backup_exports import EXPORT
-from hostler.host.backups import KINDS as BACKUP_JOBS
-from hostler.host.backups import Backups
-from hostler.host.checkpoint_book import CheckpointBook
-from hostler.host.checkpoints import Checkpoints
+from hostler.host.backups.exports import EXPORT
+from hostler.host.backups.service import KINDS as BACKUP_JOBS
+from hostler.host.backups.service import Backups
+from hostler.host.checkpoints.book import CheckpointBook
+from hostler.host.checkpoints.service import Checkpoints
 from hostler.host.context import Host
 from hostler.host.disks import DiskService
 from hostler.host.events import EventHub
-from hostler.host.exporting import VmExports
+from hostler.host.exchange.exporting import VmExports
+from hostler.host.exchange.importing import KIND as IMPORT
+from hostler.host.exchange.importing import Imports
 from hostler.host.hypervisor import Hypervisor
-from hostler.host.importing import KIND as IMPORT
-from hostler.host.importing import Imports
 from hostler.host.jobs import JobRunner
 from hostler.host.operations import OPERATIONS
 from hostler.host.paths import Paths
-from hostler.host.pool_places import Places
-from hostler.host.pool_watch import PoolWatch
-from hostler.host.pools import Pools
+from hostler.host.pools.places import Places
+from hostler.host.pools.room import RoomKeeper
+from hostler.host.pools.service import Pools
+from hostler.host.pools.watch import PoolWatch
 from hostler.host.resources import Resources
-from hostler.host.room import RoomKeeper
 from hostler.host.roster import Roster
 from hostler.host.steps import StepHook
 from hostler.host.vms import VmService
-from hostler.host.volume_operations.base import Tools
-from hostler.host.volume_users import VolumeUsers, of_checkpoints
-from hostler.host.volume_work import VolumeWork
-from hostler.host.volumes import Volumes
+from hostler.host.volumes.operations.base import Tools
+from hostler.host.volumes.service import Volumes
+from hostler.host.volumes.users import VolumeUsers, of_checkpoints
+from hostler.host.volumes.work import VolumeWork
 from hostler.identity.certificates import HostIdentity
 from hostler.identity.invitations import InvitationService
 from hostler.identity.tls import Trust

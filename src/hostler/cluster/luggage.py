@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from hostler.host.checkpoint_book import put, remove
+from hostler.host.checkpoints.book import put, remove
+from hostler.host.checkpoints.layer_changes import used_by_others
 from hostler.host.context import Host
-from hostler.host.layer_changes import used_by_others
 from hostler.model.checkpoint import Luggage, pack, unpack
 from hostler.model.disk import SourceKind
 from hostler.model.migration import Blocker, BlockerKind, Incoming

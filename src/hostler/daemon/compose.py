@@ -24,8 +24,8 @@ from hostler.daemon.lock import RunLock
 from hostler.hardware.facts import MachineFacts, read_facts
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.paths import Paths
-from hostler.host.readers import Readers
 from hostler.host.steps import StepHook
+from hostler.host.volumes.readers import Readers
 from hostler.identity.audit import AuditTrail
 from hostler.identity.certificates import HostIdentity, load_or_create
 from hostler.identity.gate import Identity

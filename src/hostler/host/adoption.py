@@ -16,12 +16,12 @@ from pathlib import Path
 import structlog
 
 from hostler.host.actor import VmActor
-from hostler.host.chains import FLATTEN
 from hostler.host.context import Host
 from hostler.host.operation import Operation
 from hostler.host.roster import Roster
 from hostler.host.steps import Plan, Step, nothing
-from hostler.host.volume_operations import VOLUME_OPERATIONS
+from hostler.host.volumes.chains import FLATTEN
+from hostler.host.volumes.operations import VOLUME_OPERATIONS
 from hostler.model.errors import HostlerError
 from hostler.model.job import Job, JobState, StepState
 from hostler.model.vm import CriticalReason, VmRecord, VmState

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from hostler.host.checkpoints.layer_changes import used_by_others
 from hostler.host.context import Host
-from hostler.host.layer_changes import used_by_others
 from hostler.model.checkpoint import Checkpoint
 from hostler.model.vm import VmRecord
 from hostler.storage.catalogue import Catalogue

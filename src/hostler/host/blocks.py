@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from hostler.host.moments import Moments
+from hostler.host.backups.moments import Moments
 from hostler.model.blockjob import BlockJob
 from hostler.model.disk import Disk, DiskSource, IoLimits
 from hostler.model.pool import Connection

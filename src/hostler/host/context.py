@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hostler.host.actor import VmActor
-from hostler.host.checkpoint_book import CheckpointBook
+from hostler.host.checkpoints.book import CheckpointBook
 from hostler.host.events import EventHub
 from hostler.host.hypervisor import Hypervisor
 from hostler.host.jobs import JobRunner
 from hostler.host.paths import Paths
-from hostler.host.pool_places import Places
-from hostler.host.pools import Pools
+from hostler.host.pools.places import Places
+from hostler.host.pools.service import Pools
 from hostler.host.resources import Resources
-from hostler.host.volumes import Volumes
+from hostler.host.volumes.service import Volumes
 from hostler.model.errors import HostLacks, NotFound
 from hostler.model.host import HostFacts
 from hostler.model.limits import Limits

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import structlog
 
-from hostler.host.connections import Connections, Reach
 from hostler.host.hypervisor import Machine
 from hostler.host.paths import Paths
+from hostler.host.pools.connections import Connections, Reach
 from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.model.errors import HostlerError
 from hostler.model.host import AcceleratorChoice, QemuFacts

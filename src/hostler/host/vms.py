@@ -9,7 +9,8 @@ import structlog
 
 from hostler.host.actor import VmActor, vm_key
 from hostler.host.belongings import belongings
-from hostler.host.checkpoint_book import remove as forget_checkpoint
+from hostler.host.checkpoints.book import remove as forget_checkpoint
+from hostler.host.checkpoints.layer_changes import remove_layer
 from hostler.host.configure import (
     change_config,
     needs_stop,
@@ -21,7 +22,6 @@ from hostler.host.configure import (
 )
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
-from hostler.host.layer_changes import remove_layer
 from hostler.host.operation import Operation
 from hostler.host.operations import OPERATIONS
 from hostler.host.operations.disks import ATTACH, DETACH, require_disk, require_free_place, with_disk

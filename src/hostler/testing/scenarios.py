@@ -19,7 +19,7 @@ from hostler.cluster.migrations import settings_of
 from hostler.host.operation import Operation, Params
 from hostler.host.operations import OPERATIONS
 from hostler.host.steps import Plan, Step
-from hostler.host.volume_operations import VOLUME_OPERATIONS
+from hostler.host.volumes.operations import VOLUME_OPERATIONS
 from hostler.model.backup_requests import BackupList, BackupRestore, BackupRun
 from hostler.model.checkpoint import Checkpoint, CheckpointState
 from hostler.model.checkpoint_requests import CheckpointCreate

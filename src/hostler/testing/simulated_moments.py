@@ -1,4 +1,5 @@
-"""The moments of a simulated QEMU's disks: it keeps their content, and really copies it; see hostler.host.moments.
+"""The moments of a simulated QEMU's disks: it keeps their content, and really copies it;
+see hostler.host.backups.moments.
 
 What its images contain is what the files on the disk contain. Everything is copied, whatever a bitmap says: the
 simulated bitmaps know names only.

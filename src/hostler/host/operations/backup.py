@@ -22,8 +22,8 @@ from typing import Any, cast
 import structlog
 
 from hostler.host.actor import VmActor
-from hostler.host.backup_state import keep_state
-from hostler.host.backup_trail import forget_bitmap, note_backup, note_bitmap, stale_bitmaps
+from hostler.host.backups.state import keep_state
+from hostler.host.backups.trail import forget_bitmap, note_backup, note_bitmap, stale_bitmaps
 from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
 from hostler.host.operations.launching import claim, end_machine, unclaim

@@ -17,11 +17,11 @@ import os
 from collections.abc import Sequence
 
 from hostler.host.actor import VmActor
+from hostler.host.checkpoints.layer_changes import layer_volume, remove_layer, together, written
+from hostler.host.checkpoints.layers import on_top, with_sources
+from hostler.host.checkpoints.merging import Merging
+from hostler.host.checkpoints.new_layers import layer_path
 from hostler.host.context import Host
-from hostler.host.layer_changes import layer_volume, remove_layer, together, written
-from hostler.host.layers import on_top, with_sources
-from hostler.host.merging import Merging
-from hostler.host.new_layers import layer_path
 from hostler.host.operation import Operation, Params
 from hostler.host.operations import checkpoint_create
 from hostler.host.operations.launching import end_machine, unclaim

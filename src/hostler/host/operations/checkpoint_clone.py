@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hostler.host.actor import VmActor, vm_key
+from hostler.host.checkpoints.layer_changes import layer_volume, remove_layer, together, written
+from hostler.host.checkpoints.layers import on_top, with_sources
+from hostler.host.checkpoints.new_layers import layer_path
 from hostler.host.context import Host
-from hostler.host.layer_changes import layer_volume, remove_layer, together, written
-from hostler.host.layers import on_top, with_sources
-from hostler.host.new_layers import layer_path
 from hostler.host.operation import Operation, Params
 from hostler.host.roster import Roster
 from hostler.host.steps import JobContext, Step

@@ -23,11 +23,18 @@ from collections.abc import Sequence
 import structlog
 
 from hostler.host.actor import VmActor
-from hostler.host.checkpoint_book import put, remove
+from hostler.host.checkpoints.book import put, remove
+from hostler.host.checkpoints.layer_changes import (
+    delete_layers,
+    forget_layers,
+    layer_volume,
+    remove_layer,
+    rewrite,
+    together,
+)
+from hostler.host.checkpoints.layers import without_top
+from hostler.host.checkpoints.new_layers import NewLayers
 from hostler.host.context import Host
-from hostler.host.layer_changes import delete_layers, forget_layers, layer_volume, remove_layer, rewrite, together
-from hostler.host.layers import without_top
-from hostler.host.new_layers import NewLayers
 from hostler.host.operation import Operation, Params
 from hostler.host.operations.checkpoint_delete import Deletion, ids_of
 from hostler.host.operations.checkpoint_freeze import Freezing, require_room

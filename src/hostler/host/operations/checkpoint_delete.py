@@ -14,10 +14,10 @@ import asyncio
 from collections.abc import Sequence
 
 from hostler.host.actor import VmActor
-from hostler.host.checkpoint_book import put, remove
+from hostler.host.checkpoints.book import put, remove
+from hostler.host.checkpoints.layer_changes import remove_layer, together
+from hostler.host.checkpoints.merging import Merging
 from hostler.host.context import Host
-from hostler.host.layer_changes import remove_layer, together
-from hostler.host.merging import Merging
 from hostler.host.operation import Operation, Params
 from hostler.host.steps import JobContext, Step
 from hostler.model.checkpoint import Checkpoint, CheckpointState, nearest_left

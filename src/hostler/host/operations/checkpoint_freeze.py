@@ -10,9 +10,9 @@ from contextlib import suppress
 import structlog
 
 from hostler.host.actor import VmActor
+from hostler.host.checkpoints.layer_changes import remove_layer
+from hostler.host.checkpoints.new_layers import NewLayers, without_new_layers
 from hostler.host.context import Host
-from hostler.host.layer_changes import remove_layer
-from hostler.host.new_layers import NewLayers, without_new_layers
 from hostler.host.operations.save import save_progress, stop_writing
 from hostler.host.resources import renew
 from hostler.host.steps import JobContext

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hostler.host.actor import VmActor
+from hostler.host.backups.restoring import Restoring, restored_config
 from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
-from hostler.host.restoring import Restoring, restored_config
 from hostler.host.steps import JobContext, Step
 from hostler.model.disk import ImageFormat
 from hostler.model.job import Job

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from hostler.host.jobs import JobRunner
-from hostler.host.pool_places import Places
-from hostler.host.pools import Pools
+from hostler.host.pools.places import Places
+from hostler.host.pools.service import Pools
 from hostler.host.steps import JobContext, Plan, Step
-from hostler.host.volume_operations import VOLUME_OPERATIONS
-from hostler.host.volume_operations.base import Params, Tools, VolumeOperation
+from hostler.host.volumes.operations import VOLUME_OPERATIONS
+from hostler.host.volumes.operations.base import Params, Tools, VolumeOperation
 from hostler.model.disk import ImageFormat, SourceKind
 from hostler.model.errors import AlreadyExists, HostlerError, InvalidInput, WrongState
 from hostler.model.image import ImageDetails

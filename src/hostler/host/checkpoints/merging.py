@@ -17,11 +17,11 @@ import structlog
 
 from hostler.host.actor import VmActor
 from hostler.host.blocks import Blocks
-from hostler.host.checkpoint_book import put
+from hostler.host.checkpoints.book import put
+from hostler.host.checkpoints.layer_changes import delete_layers, forget_layers, layers_of, rewrite, together
+from hostler.host.checkpoints.layers import Merge, Remove, merged, plan_merges, with_sources
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
-from hostler.host.layer_changes import delete_layers, forget_layers, layers_of, rewrite, together
-from hostler.host.layers import Merge, Remove, merged, plan_merges, with_sources
 from hostler.host.resources import renew
 from hostler.host.steps import JobContext
 from hostler.model.blockjob import BlockJob, BlockJobState

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hostler.host.steps import JobContext, Step
-from hostler.host.volume_operations.base import Params, Tools, VolumeOperation, shown
-from hostler.host.volume_operations.rewriting import rewritten
+from hostler.host.volumes.operations.base import Params, Tools, VolumeOperation, shown
+from hostler.host.volumes.operations.rewriting import rewritten
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import InvalidInput
 from hostler.model.job import Progress

@@ -17,7 +17,7 @@ from hostler.foreign.mapping import Place, boot_rank, network_of, places, remark
 from hostler.foreign.own import STATE_FILES
 from hostler.host.configure import check_config, new_config
 from hostler.host.context import Host
-from hostler.host.import_state import state_files
+from hostler.host.exchange.import_state import state_files
 from hostler.model.chain import ChainRequest
 from hostler.model.disk import Bus, ImageFormat, Media
 from hostler.model.errors import AlreadyExists, BadImage, HostlerError, InvalidInput, NotFound

@@ -11,8 +11,8 @@ from pathlib import Path
 import structlog
 
 from hostler.host.events import EventHub
-from hostler.host.pool_scan import scan
-from hostler.host.pool_views import view_of
+from hostler.host.pools.scan import scan
+from hostler.host.pools.views import view_of
 from hostler.model.base import utc_now
 from hostler.model.disk import SourceKind
 from hostler.model.errors import Busy, HostLacks, HostlerError, InUse, InvalidInput, NotFound, WrongState

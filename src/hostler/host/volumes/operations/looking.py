@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hostler.host.steps import JobContext, Step
-from hostler.host.volume_operations.base import Params, Tools, VolumeOperation, shown
+from hostler.host.volumes.operations.base import Params, Tools, VolumeOperation, shown
 from hostler.model.job import Progress
 from hostler.model.volume import Volume
 

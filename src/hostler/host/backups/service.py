@@ -10,13 +10,13 @@ from typing import TypeVar
 import structlog
 from pydantic import JsonValue
 
-from hostler.host import backup_trail
-from hostler.host.backup_exports import EXPORT, plan_export
+from hostler.host.backups import trail as backup_trail
+from hostler.host.backups.exports import EXPORT, plan_export
+from hostler.host.backups.restore_plans import RESTORE, RESTORE_VOLUME, plan_vm, plan_volume, recover_volume
+from hostler.host.backups.restoring import disks_to_restore, format_for, links_of
 from hostler.host.context import Host
 from hostler.host.operations import restore_backup
 from hostler.host.operations.backup import OPERATION
-from hostler.host.restore_plans import RESTORE, RESTORE_VOLUME, plan_vm, plan_volume, recover_volume
-from hostler.host.restoring import disks_to_restore, format_for, links_of
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.vms import VmService
 from hostler.model.backup import (

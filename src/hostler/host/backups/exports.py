@@ -18,8 +18,8 @@ from urllib.parse import quote
 
 from pydantic import JsonValue
 
+from hostler.host.backups.restoring import links_of
 from hostler.host.context import Host
-from hostler.host.restoring import links_of
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.model.errors import QemuFailed, TimedOut
 from hostler.model.job import Progress

@@ -20,8 +20,8 @@ from pydantic import JsonValue
 from hostler.foreign.ova import Digest
 from hostler.host.configure import check_config, new_config
 from hostler.host.context import Host
-from hostler.host.import_state import place_state
-from hostler.host.imports import Survey, survey
+from hostler.host.exchange.import_state import place_state
+from hostler.host.exchange.imports import Survey, survey
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.vms import VmService
 from hostler.model.disk import Bus, DiskSource, ImageFormat, Media

@@ -11,8 +11,8 @@ from contextlib import suppress
 import structlog
 
 from hostler.host.actor import VmActor
+from hostler.host.checkpoints.layers import Layer, with_sources
 from hostler.host.context import Host
-from hostler.host.layers import Layer, with_sources
 from hostler.model.base import utc_now
 from hostler.model.checkpoint import Checkpoint, CheckpointState
 from hostler.model.disk import Disk, DiskSource, Media, SourceKind

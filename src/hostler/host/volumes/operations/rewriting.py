@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from hostler.host.steps import JobContext, Step
-from hostler.host.volume_operations.base import Params, Tools, VolumeOperation, shown
+from hostler.host.volumes.operations.base import Params, Tools, VolumeOperation, shown
 from hostler.model.disk import ImageFormat
 from hostler.model.errors import InUse
 from hostler.model.image import ImageDetails

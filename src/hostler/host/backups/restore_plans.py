@@ -10,8 +10,8 @@ import asyncio
 
 from pydantic import JsonValue
 
+from hostler.host.backups.restoring import Restoring, restored_config
 from hostler.host.context import Host
-from hostler.host.restoring import Restoring, restored_config
 from hostler.host.steps import JobContext, Plan, Step
 from hostler.host.vms import VmService
 from hostler.model.job import Job

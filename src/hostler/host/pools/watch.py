@@ -8,7 +8,7 @@ import contextlib
 import structlog
 
 from hostler.host.events import EventHub
-from hostler.host.pools import Pools
+from hostler.host.pools.service import Pools
 from hostler.model.errors import HostlerError, InUse, NotFound
 from hostler.model.pool import PoolKind, PoolScan, PoolState
 from hostler.storage.volumes import VolumeService

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from hostler.host.steps import JobContext, Step
-from hostler.host.volume_operations.base import Params, Tools, VolumeOperation, shown
+from hostler.host.volumes.operations.base import Params, Tools, VolumeOperation, shown
 from hostler.model.disk import ImageFormat
 from hostler.model.volume import Volume
 from hostler.storage.changes import blocking

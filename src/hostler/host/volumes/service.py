@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import structlog
 
-from hostler.host.chains import Chains
 from hostler.host.events import EventHub
 from hostler.host.jobs import JobRunner
-from hostler.host.pool_places import Places
-from hostler.host.pools import Pools
+from hostler.host.pools.places import Places
+from hostler.host.pools.service import Pools
 from hostler.host.steps import JobContext, Plan, Step
-from hostler.host.volume_work import VolumeWork
+from hostler.host.volumes.chains import Chains
+from hostler.host.volumes.work import VolumeWork
 from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
 from hostler.model.disk import MAX_LAYERS, Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.errors import BadImage, InUse, InvalidInput, NotFound

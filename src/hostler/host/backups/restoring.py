@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from hostler.host.backup_state import bring_state
+from hostler.host.backups.state import bring_state
 from hostler.host.configure import check_config
 from hostler.host.context import Host
 from hostler.host.steps import JobContext

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from hostler.host.pools import Pools
+from hostler.host.pools.service import Pools
 from hostler.model.disk import DiskSource, ImageFormat, SourceKind
 from hostler.model.errors import BadImage, HostLacks, InvalidInput, NoSpace, NotPermitted
 from hostler.model.image import Preallocation

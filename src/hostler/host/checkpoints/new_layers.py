@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hostler.host.actor import VmActor
+from hostler.host.checkpoints.layer_changes import written as written_disks
+from hostler.host.checkpoints.layers import on_top
 from hostler.host.context import Host
-from hostler.host.layer_changes import written as written_disks
-from hostler.host.layers import on_top
 from hostler.model.checkpoint import MEMORY, Checkpoint
 from hostler.model.disk import Disk, DiskSource, SourceKind
 from hostler.qemu.blockdev import layer_node

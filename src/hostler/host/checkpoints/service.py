@@ -11,11 +11,11 @@ from contextlib import suppress
 import structlog
 
 from hostler.host.actor import VmActor
-from hostler.host.checkpoint_book import pick, put
+from hostler.host.checkpoints.book import pick, put
+from hostler.host.checkpoints.layer_changes import written
+from hostler.host.checkpoints.layers import depth
 from hostler.host.configure import check_config
 from hostler.host.context import Host
-from hostler.host.layer_changes import written
-from hostler.host.layers import depth
 from hostler.host.operation import Params
 from hostler.host.operations import checkpoint_apply, checkpoint_clone, checkpoint_create, checkpoint_delete
 from hostler.model.base import utc_now

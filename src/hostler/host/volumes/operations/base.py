@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from hostler.host.events import EventHub
 from hostler.host.steps import JobContext, Step
-from hostler.host.volume_users import VolumeUsers
+from hostler.host.volumes.users import VolumeUsers
 from hostler.model.job import Progress
 from hostler.model.volume import Volume
 from hostler.storage.changes import VolumeChanges

@@ -1,0 +1,1 @@
+"""Backups of VMs: made, looked at, restored."""

@@ -1,0 +1,1 @@
+"""Checkpoints and the layers they hold."""

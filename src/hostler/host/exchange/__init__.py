@@ -1,0 +1,1 @@
+"""Machines that come from elsewhere, and VMs that go there."""

@@ -1,0 +1,1 @@
+"""Pools: where volumes are, how full it is, what goes on when there is room again."""

@@ -1,0 +1,1 @@
+"""Volumes, and the work on those that no VM has open."""
