@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hostler.host.layer_changes import layers_of
-from hostler.host.restoring import restored_config
+from hostler.host.backups.restoring import restored_config
+from hostler.host.checkpoints.layer_changes import layers_of
 from hostler.model.disk import Disk, DiskSource, ImageFormat, Media, SourceKind
 from hostler.model.foreign import ImportReport, RemarkKind
 from hostler.model.requests import DiskAdd, VmCreate
