@@ -278,6 +278,11 @@ async def test_stream(host: Host, whole: bool) -> None:
     await machine.blocks.watch("up")
     await machine.blocks.forget("up")
     assert await machine.blocks.layers() == {"data": nodes(disk)[:1] + (() if whole else nodes(disk)[2:])}
+    left = disk.but(source=disk.source.but(backing=None if whole else chain[2]))
+    for _ in range(2):
+        await machine.blocks.flush(left)
+    with pytest.raises(WrongState):
+        await machine.blocks.flush(left.but(source=left.source.but(node="other")))
 
 
 async def test_a_job_ends_with_qemu(host: Host) -> None:

@@ -222,3 +222,21 @@ async def test_everything_with_a_guest_that_stands_still(guest: Guest) -> None:
     await guest.machine.run()
     await guest.writes_on()
     await guest.check()
+
+
+async def test_what_was_streamed_and_flushed_needs_no_lower_layer(guest: Guest) -> None:
+    """QEMU keeps the top layer's tables in memory when a stream has ended. After the flush all is on the storage, whose
+    lower layer may go: a QEMU that is killed right then loses nothing."""
+    await guest.push()
+    await guest.writes_on()
+    blocks = guest.machine.blocks
+    await guest.serial.pattern_stop()  # which would flush by itself
+    acked = (await guest.serial.pattern_status()).acked
+    await blocks.stream("up", guest.disk)
+    await blocks.watch("up")
+    await blocks.forget("up")
+    alone = guest.disk.but(source=guest.disk.source.but(backing=None))
+    await blocks.flush(alone)
+    os.kill(guest.machine.process.pid, signal.SIGKILL)
+    await asyncio.wait_for(guest.machine.wait_gone(), WAIT)
+    await guest.check_from_outside(acked, alone)

@@ -14,7 +14,7 @@ from bootable import boot_cd, boot_sector
 from userview import User, converse
 
 from hostler.model.errors import ErrorCode
-from hostler.testing import microguest
+from hostler.testing import hyperv_vhd, microguest
 from hostler.testing.guestclient import GuestSerial
 from hostler.testing.lab import Lab
 
@@ -65,6 +65,24 @@ def ask(user: User, name: str, question: Callable[[GuestSerial], Awaitable[T]]) 
 def says(user: User, name: str, line: bytes) -> None:
     with user.on_terminal("vm", "console", name) as terminal:
         terminal.read_until(line)
+
+
+def test_boots_from_a_checkpoint_of_hyper_v(user: User, name: str, images: Path) -> None:
+    """As it is, on an overlay, without anything having been copied."""
+    place = images / "web"
+    place.mkdir()
+    parent, top = place / "web.vhd", place / "web_4C2F.avhd"
+    id = hyperv_vhd.dynamic(parent, 1024**2, {0: bytes(512)})
+    hyperv_vhd.differencing(top, 1024**2, {0: boot_sector(LINE)}, (id, parent))
+    user("vm", "create", name, "--memory", "64M")
+    user("disk", "add", name, "--volume", str(top), "--overlay")
+    user("vm", "start", name)
+    says(user, name, LINE)
+    user("disk", "flatten", name, "disk0")
+    shutil.rmtree(place)
+    user("vm", "turn-off", name)
+    user("vm", "start", name)
+    says(user, name, LINE)
 
 
 @pytest.mark.parametrize(

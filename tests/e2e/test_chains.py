@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from userview import User
+from userview import User, converse
 
 from hostler.model.errors import ErrorCode
+from hostler.model.requests import VmCreate
 from hostler.model.units import KiB, MiB
 from hostler.testing import hyperv_vhd, hyperv_vhdx, patterns
-from hostler.testing.bench_vm import Bench
+from hostler.testing.bench_vm import UNFINISHED, Bench
 from hostler.testing.guestclient import GuestSerial, RangeVerdict
 
 pytestmark = pytest.mark.e2e
@@ -118,3 +124,71 @@ def test_it_is_made_one_disk_that_a_guest_writes(guest: Bench, chains: dict[str,
         return await line.verify(f"F-{kind}", 99, LENGTH, 2 * MiB)
 
     assert guest.ask(guest.owner(), write).bad_sectors == 0
+
+
+def slow_flatten(user: User, vm: str, disk: str, rate: str) -> str:
+    """Begun, and copying; the job's id."""
+    job: str = user("disk", "flatten", vm, disk, "--limit", rate, "--no-wait")["id"]
+    until(lambda: user("job", "show", job)["progress"]["fraction"])
+    return job
+
+
+def until(done: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_guest_writes_on_top_of_it_and_needs_it_no_more(guest: Bench) -> None:
+    """At once, without a copy; then everything is copied while it writes, the daemon is killed in the middle, and the
+    chain is deleted."""
+    host, name = guest.hosts[0], "over"
+    user, place = User(host), guest.shared / name
+    chain = make(place)["avhd"]
+    before = {path: path.read_bytes() for path in place.rglob("*.*vhd*")}
+    like = guest.record(guest.owner())
+    assert like is not None
+    with host.client() as client:
+        vm = client.vms.create(VmCreate(name=name, memory=like.config.memory, kernel=like.config.kernel)).id
+    disk = user("disk", "add", name, "--volume", str(chain), "--overlay", "--serial", "OVER")["params"]["disk"]["id"]
+    user("vm", "start", name)
+    seeds = list(zip(SEEDS, (0, SIZE // 2), strict=True))
+
+    async def write(line: GuestSerial, seed: int, at: int) -> None:
+        await line.wait_disk("OVER")
+        await line.write("OVER", seed, LENGTH, at)
+
+    def sound() -> None:
+        async def verify(line: GuestSerial) -> list[RangeVerdict]:
+            await line.wait_disk("OVER")
+            return [await line.verify("OVER", seed, LENGTH, at) for seed, at in seeds]
+
+        verdicts = converse(host, vm, verify)
+        assert all((v.bytes, v.bad_sectors) == (LENGTH, 0) for v in verdicts), verdicts
+
+    def more(seed: int, at: int) -> None:
+        converse(host, vm, lambda line: write(line, seed, at))
+        seeds.append((seed, at))
+
+    more(81, 1 * MiB)
+    sound()
+    job = slow_flatten(user, name, disk, "2M")
+    more(82, 2 * MiB)
+    assert user("job", "show", job)["state"] == "running"
+    host.kill()
+    host.start()
+    more(83, 7 * MiB)
+    until(lambda: user("job", "show", job)["state"] not in UNFINISHED)
+    ended = user("job", "show", job)
+    assert (ended["state"], ended["result"]["freed"]) == ("done", [str(chain)]), ended
+    sound()
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(place)
+    sound()
+    os.kill(user("vm", "show", name)["process"]["pid"], signal.SIGKILL)  # nothing was in its memory only
+    user.until_state(name, "off")
+    user("vm", "start", name)
+    sound()
+    user("vm", "turn-off", name)
+    assert user("vm", "delete", name, "--disks")["removed"] == [ended["result"]["path"]]

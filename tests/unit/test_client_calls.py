@@ -18,7 +18,7 @@ from hostler.identity.authorize import TABLE
 from hostler.model.backup_requests import BackupChoice, BackupExport, BackupList, BackupPrune, BackupRestore, BackupRun
 from hostler.model.chain import ChainRequest, FlattenRequest
 from hostler.model.checkpoint_requests import CheckpointApply, CheckpointChange, CheckpointClone, CheckpointCreate
-from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
+from hostler.model.disk_requests import DiskChange, DiskFlatten, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.errors import HostlerError, InvalidInput, NotFound, NotPermitted
 from hostler.model.host import Accelerator
 from hostler.model.migration import IncomingRequest, MigrationSettings
@@ -226,6 +226,7 @@ def every_call() -> list[calls.Call[Any]]:
         calls.vm_screenshot(vm), calls.disk_add(vm, disk), calls.disk_add_check(vm, disk),
         calls.disk_remove(vm, "{disk}"), calls.disk_change(vm, "{disk}", DiskChange(discard=False)),
         calls.disk_move(vm, "{disk}", DiskMove(to="/v")), calls.disk_move_check(vm, "{disk}", DiskMove(to="/v")),
+        calls.disk_flatten(vm, "{disk}", DiskFlatten()),
         calls.disk_grow(vm, "{disk}", DiskGrow(size=512)), calls.disk_limit(vm, "{disk}", DiskLimits(iops=1)),
         calls.disk_medium(vm, "{disk}", DiskMedium()), calls.nic_add(vm, NicAdd()), calls.nic_remove(vm, "{nic}"),
         calls.checkpoints(vm), calls.checkpoint(vm, point), calls.checkpoint_create(vm, CheckpointCreate()),

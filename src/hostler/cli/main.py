@@ -33,7 +33,7 @@ GROUPS = {
 }
 HELPS = {
     "vm": "Virtual machines: create, run, move between hosts.",
-    "disk": "Disks of a VM: add, remove, move, grow, limit and change them while it runs.",
+    "disk": "Disks of a VM: add, remove, move, flatten, grow, limit and change them while it runs.",
     "nic": "Network adapters of a VM.",
     "checkpoint": "Checkpoints of a VM: make, apply, delete while it runs.",
     "volume": "Volumes: disk images in all formats.",

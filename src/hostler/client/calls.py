@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         CheckpointClone,
         CheckpointCreate,
     )
-    from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
+    from hostler.model.disk_requests import DiskChange, DiskFlatten, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
@@ -187,6 +187,10 @@ def disk_move(ref: str, disk: str, request: DiskMove, *, wait: float = 0.0) -> C
 def disk_move_check(ref: str, disk: str, request: DiskMove) -> Call[VmRecord]:
     """The VM as it would be with the disk there."""
     return Call("POST", _disk(ref, disk, "/move"), answers.VM, _query(dry_run=True), request)
+
+
+def disk_flatten(ref: str, disk: str, request: DiskFlatten, *, wait: float = 0.0) -> Call[Job]:
+    return Call("POST", _disk(ref, disk, "/flatten"), answers.JOB, _query(wait), request, wait)
 
 
 def disk_grow(ref: str, disk: str, request: DiskGrow, *, wait: float = 0.0) -> Call[Job]:

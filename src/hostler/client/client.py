@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         BackupRun,
     )
     from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
-    from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
+    from hostler.model.disk_requests import DiskChange, DiskFlatten, DiskGrow, DiskLimits, DiskMedium, DiskMove
     from hostler.model.foreign import ImportReport
     from hostler.model.image import ImageDetails, VolumeView
     from hostler.model.job import Job, JobState
@@ -161,6 +161,9 @@ class Disks:
     def check_move(self, ref: str, disk: str, request: DiskMove) -> VmRecord:
         """The VM as it would be with the disk there; nothing is changed."""
         return self._send(calls.disk_move_check(ref, disk, request))
+
+    def flatten(self, ref: str, disk: str, request: DiskFlatten, *, wait: float = 0.0) -> Job:
+        return self._send(calls.disk_flatten(ref, disk, request, wait=wait))
 
     def grow(self, ref: str, disk: str, request: DiskGrow, *, wait: float = 0.0) -> Job:
         return self._send(calls.disk_grow(ref, disk, request, wait=wait))

@@ -50,6 +50,10 @@ class Blocks(Protocol):
         """Open one of its layers for writing, or for reading only again. Jobs do so by themselves with the layers they
         write to, and leave them open for writing."""
 
+    async def flush(self, disk: Disk) -> None:
+        """Put everything written to its top layer on the storage, tables of its format included. A stream does not do
+        so at its end: until this was done the layers below are needed. Errors as of a write."""
+
     # jobs
 
     async def mirror(self, job: str, disk: Disk, target: DiskSource, export: str | None = None, speed: int = 0) -> None:

@@ -54,6 +54,10 @@ async def new_config(host: Host, request: VmCreate, vm_id: str | None = None) ->
     for disk_request in request.disks:
         source = await host.volumes.resolve(disk_request)
         disk = next_disk(host, record, disk_request, source)
+        if disk_request.overlay:
+            raise InvalidInput(
+                f"vm {record.name}", "is only made; overlays are for VMs that are there", "add the disk afterwards"
+            )
         record = record.but(config=record.config.but(disks=(*record.config.disks, disk)))
     for nic_request in request.nics:
         nic = next_nic(host, record.config, nic_request)

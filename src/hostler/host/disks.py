@@ -13,11 +13,11 @@ from pydantic import ValidationError
 
 from hostler.host.context import Host
 from hostler.host.operation import Params
-from hostler.host.operations import disk_media, disk_move, disk_tune
+from hostler.host.operations import disk_flatten, disk_media, disk_move, disk_tune
 from hostler.host.operations.disk_edit import edit_disk, require_same, source_of
 from hostler.host.operations.disks import require_disk
 from hostler.model.disk import BUS_NAMES, Bus, Disk, DiskSource, ImageFormat, IoLimits, Media, SourceKind
-from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
+from hostler.model.disk_requests import DiskChange, DiskFlatten, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.errors import AlreadyExists, InvalidInput, NoSpace, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.limits import Limits
@@ -112,6 +112,37 @@ class DiskService:
         needed = _space_for(record, disk, format, volume.allocated if volume is not None else 0)
         await asyncio.to_thread(_require_space, f"disk {disk.id} of vm {record.name}", target, needed)
         return DiskSource(path=target, format=format, size=size, node=token)
+
+    # flatten
+
+    async def flatten(self, ref: str, disk_id: str, request: DiskFlatten, by: str) -> Job:
+        """Begin to copy what a disk's lower layers hold into its top one."""
+        actor = self._host.actor(ref)
+        disk_flatten.OPERATION.allow(actor.record)
+        disk = require_disk(actor.record, disk_id)
+        params = await self.plan_flatten(actor.record, disk, request)
+        return await disk_flatten.OPERATION.begin(
+            self._host, actor, by, params, require=lambda now: require_same(now, disk)
+        )
+
+    async def plan_flatten(self, record: VmRecord, disk: Disk, request: DiskFlatten) -> Params:
+        """The parameters of the job; what is refused before it begins."""
+        subject = f"disk {disk.id} of vm {record.name}"
+        if disk.source.backing is None:
+            raise WrongState(subject, "is one image already", "there is nothing to flatten")
+        if not disk.writes:
+            raise WrongState(subject, "is read-only", "flatten its image instead: 'hostler volume flatten'")
+        points = await self._host.checkpoints.of(record.id)
+        mine = {layer.path for layer in disk.source.layers()}
+        held = [p.name for p in points if any(s.path in mine for top in p.frozen().values() for s in top.layers())]
+        if held:
+            raise WrongState(
+                subject,
+                f"has layers that checkpoints need: {', '.join(held[:5])}",
+                "delete those first with 'hostler checkpoint delete'",
+                checkpoints=[*held],
+            )
+        return {"disk_id": disk.id, "source": disk.source.to_json(), "limit": request.limit}
 
     # grow and limit
 

@@ -22,11 +22,12 @@ from hostler.host.configure import (
 )
 from hostler.host.context import Host
 from hostler.host.hypervisor import Machine
-from hostler.host.operation import Operation
+from hostler.host.operation import Operation, Params
 from hostler.host.operations import OPERATIONS
 from hostler.host.operations.disks import ATTACH, DETACH, require_disk, require_free_place, with_disk
 from hostler.host.operations.stop import SHUTDOWN
 from hostler.host.roster import Roster
+from hostler.host.volumes.overlays import plan_overlay
 from hostler.model.errors import AlreadyExists, InUse, InvalidInput, NotFound, WrongState
 from hostler.model.job import Job
 from hostler.model.names import nearest, new_id
@@ -252,11 +253,13 @@ class VmService:
         ATTACH.allow(actor.record)
         source = await self._host.volumes.resolve(request)
         disk = next_disk(self._host, actor.record, request, source)
+        params: Params = {}
+        if request.overlay:
+            disk, params["overlay"] = await plan_overlay(self._host, actor.record, disk)
         if dry_run:
             return actor.record.but(config=with_disk(actor.record.config, disk))
-        return await ATTACH.begin(
-            self._host, actor, by, {"disk": disk.to_json()}, require=lambda now: require_free_place(now, disk)
-        )
+        params["disk"] = disk.to_json()
+        return await ATTACH.begin(self._host, actor, by, params, require=lambda now: require_free_place(now, disk))
 
     async def detach_disk(self, ref: str, disk_id: str, by: str, timeout: float | None = None) -> Job:
         """Begin to detach a disk; `timeout` seconds (default 30) for the guest to let go."""

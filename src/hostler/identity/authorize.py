@@ -58,6 +58,7 @@ TABLE: dict[str, Rule] = {
     "DELETE /v1/vms/{vm}/disks/{disk}": _P.CONFIGURE,
     "PATCH /v1/vms/{vm}/disks/{disk}": _P.CONFIGURE,
     "POST /v1/vms/{vm}/disks/{disk}/move": _P.CONFIGURE,
+    "POST /v1/vms/{vm}/disks/{disk}/flatten": _P.CONFIGURE,
     "POST /v1/vms/{vm}/disks/{disk}/grow": _P.CONFIGURE,
     "POST /v1/vms/{vm}/disks/{disk}/limits": _P.CONFIGURE,
     # Names any image that the daemon can read, hence not for operators.

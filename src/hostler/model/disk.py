@@ -88,6 +88,8 @@ class DiskSource(Record):
     node: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]{0,8}$")] = ""
     pool: str = ""
     identity: str = ""
+    fixed: bool = False
+    """Somebody else's image below an overlay: never written, merged into, or deleted with the VM."""
     backing: DiskSource | None = None
 
     @model_validator(mode="after")

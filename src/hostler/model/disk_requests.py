@@ -35,6 +35,13 @@ class DiskMove(Input):
         return self
 
 
+class DiskFlatten(Input):
+    """Copy all that a disk's lower layers hold into its top one, while the VM runs. `limit`: bytes/s, 0: as fast as it
+    goes."""
+
+    limit: Limit = 0
+
+
 class DiskGrow(Input):
     """Make a disk larger. `size`: the new size in bytes, a multiple of 512."""
 

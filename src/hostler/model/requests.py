@@ -43,6 +43,8 @@ class DiskAdd(Input):
     reservations: bool = False
     """The guest talks to the device or LUN itself, with SCSI-3 persistent reservations; a LUN may then be a disk of
     several VMs that all do so (a cluster)."""
+    overlay: bool = False
+    """What the guest writes goes into a new volume on top of the image, which itself is only read."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -54,6 +56,14 @@ class DiskAdd(Input):
             raise ValueError("the floppy controller has floppy drives only: give 'media' as well")
         if self.device is not None and self.format not in (None, ImageFormat.RAW):
             raise ValueError("a passed-through device has no format")
+        return self
+
+    @model_validator(mode="after")
+    def _overlay(self) -> Self:
+        if self.overlay and (self.volume is None or self.media is not Media.DISK):
+            raise ValueError("an overlay is a disk on top of a 'volume'")
+        if self.overlay and (self.read_only or self.reservations):
+            raise ValueError("an overlay is there to be written: without 'read_only' and 'reservations'")
         return self
 
 

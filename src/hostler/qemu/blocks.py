@@ -55,6 +55,11 @@ class QemuBlocks:
         async with self._lock:
             await layers.reopen(self._qmp, self._aio, disk, layer, writes)
 
+    async def flush(self, disk: Disk) -> None:
+        """Write what is kept in memory."""
+        async with self._lock:
+            await layers.flush(self._qmp, self._aio, disk)
+
     async def mirror(self, job: str, disk: Disk, target: DiskSource, export: str | None = None, speed: int = 0) -> None:
         """Begin to copy."""
         async with self._lock:

@@ -126,6 +126,19 @@ async def reopen(qmp: QmpSession, aio: Aio, disk: Disk, layer: DiskSource, write
     if export is not None and writes:
         # The export may have been started anew with the right to write; QEMU learns of it when it connects again.
         await block.read_a_sector(qmp, node.name)
+    await _reopen(qmp, aio, disk, layer, writes, export)
+
+
+async def flush(qmp: QmpSession, aio: Aio, disk: Disk) -> None:
+    """See `Blocks.flush`. QEMU flushes an image before it opens it anew, and refuses to do so where that fails; it has
+    no command that flushes alone (7.2)."""
+    node = (await block.block_nodes(qmp)).get(blockdev.layer_node(disk, disk.source))
+    if node is None:
+        raise WrongState(f"disk {disk.id}", f"QEMU has not its layer {disk.source.path}", "read its layers back")
+    await _reopen(qmp, aio, disk, disk.source, not node.read_only, _export_of(node))
+
+
+async def _reopen(qmp: QmpSession, aio: Aio, disk: Disk, layer: DiskSource, writes: bool, export: str | None) -> None:
     refused: QemuFailed | None = None
     for way in (aio, *(other for other in AIOS if other != aio)):
         options = blockdev.reopen_options(disk, layer, writes, export, way)

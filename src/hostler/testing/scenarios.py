@@ -24,7 +24,7 @@ from hostler.model.backup_requests import BackupList, BackupRestore, BackupRun
 from hostler.model.checkpoint import Checkpoint, CheckpointState
 from hostler.model.checkpoint_requests import CheckpointCreate
 from hostler.model.disk import Disk, ImageFormat, Media
-from hostler.model.disk_requests import DiskMedium, DiskMove
+from hostler.model.disk_requests import DiskFlatten, DiskMedium, DiskMove
 from hostler.model.job import Job, JobState
 from hostler.model.requests import DiskAdd, MigrateRequest, VmCreate, VolumeCreate, VolumeRegister
 from hostler.model.transfer import ImportRequest
@@ -214,6 +214,20 @@ async def _move(node: Node) -> Params:
     return await node.application.disks.plan_move(record, record.config.disks[0], request)
 
 
+async def _overlay(node: Node) -> Params:
+    """A new disk, on an overlay of its own."""
+    request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW, overlay=True)
+    planned = await node.application.vms.attach_disk(VM, request, "test", dry_run=True)
+    assert isinstance(planned, VmRecord)
+    disk = planned.config.disks[-1]
+    return {"disk": disk.to_json(), "overlay": Path(disk.source.path).stem}
+
+
+async def _flatten(node: Node) -> Params:
+    record = node.application.vms.get(VM)
+    return await node.application.disks.plan_flatten(record, record.config.disks[1], DiskFlatten())
+
+
 async def _medium(node: Node) -> Params:
     drive = node.application.vms.get(VM).config.disks[1]
     return await node.application.disks.plan_medium(
@@ -258,8 +272,9 @@ async def act(node: Node, action: str) -> None:
         return
     if action == "checkpoint":
         job = await node.application.checkpoints.create(VM, CheckpointCreate(name="first"), "test")
-    elif action == "attach":
-        request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW)
+    elif action in ("attach", "overlay"):
+        overlay = action == "overlay"
+        request = DiskAdd(volume=node.site.image("b.img"), format=ImageFormat.RAW, overlay=overlay)
         job = await node.application.vms.attach_disk(VM, request, "test")
     elif action == "backup":
         job = await node.application.backups.run(VM, BackupRun(directory=_backups(node)), "test")
@@ -298,6 +313,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario("vm.discard-saved", ("discard",), ("start", "save"), forward_from="discard:before"),
     Scenario("disk.attach", ("take", "plug", "record"), ("start",), disk=True),
+    Scenario("disk.attach", ("overlay", "take", "plug", "record"), ("start",), plan=_overlay, variant="overlay"),
     Scenario(
         "disk.detach",
         ("unplug", "record"),
@@ -424,6 +440,15 @@ SCENARIOS: tuple[Scenario, ...] = (
         insists=True,
         forward_from="switch:after",
         variant="off",
+    ),
+    Scenario(
+        "disk.flatten",
+        ("copy", "record", "clean-up"),
+        ("start", "overlay"),
+        plan=_flatten,
+        done_by="copy",
+        insists=True,
+        forward_from="copy:before",
     ),
     Scenario("disk.grow", ("grow",), ("start",), {"disk_id": "disk0", "size": 8192}, insists=True, forward_from=FIRST),
     Scenario(

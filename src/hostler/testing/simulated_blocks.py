@@ -93,6 +93,12 @@ class SimulatedBlocks:
         if blockdev.layer_node(disk, layer) not in _nodes(_disk(self._qemu, disk)):
             raise WrongState(f"disk {disk.id}", f"QEMU has not its layer {layer.path}", "read its layers back")
 
+    async def flush(self, disk: Disk) -> None:
+        """Nothing is kept in memory here."""
+        await _enter(self, "flush")
+        if blockdev.node_name(disk) not in _nodes(_disk(self._qemu, disk)):
+            raise WrongState(f"disk {disk.id}", f"QEMU has not its layer {disk.source.path}", "read its layers back")
+
     async def mirror(self, job: str, disk: Disk, target: DiskSource, export: str | None = None, speed: int = 0) -> None:
         """Begin to copy."""
         await _enter(self, "mirror")

@@ -13,7 +13,7 @@ from hostler.model.backup_requests import BackupChoice, BackupExport, BackupList
 from hostler.model.chain import ChainReport, ChainRequest, FlattenRequest
 from hostler.model.checkpoint import CheckpointView
 from hostler.model.checkpoint_requests import CheckpointApply, CheckpointChange, CheckpointClone, CheckpointCreate
-from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
+from hostler.model.disk_requests import DiskChange, DiskFlatten, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.foreign import ImportReport
 from hostler.model.image import ImageDetails, VolumeView
 from hostler.model.job import Job
@@ -71,6 +71,7 @@ class Vms(Protocol):
 
 class Disks(Protocol):
     async def move(self, ref: str, disk_id: str, request: DiskMove, by: str, dry_run: bool) -> Job | VmRecord: ...
+    async def flatten(self, ref: str, disk_id: str, request: DiskFlatten, by: str) -> Job: ...
     async def grow(self, ref: str, disk_id: str, request: DiskGrow, by: str) -> Job: ...
     async def limit(self, ref: str, disk_id: str, request: DiskLimits, by: str) -> Job: ...
     async def change_medium(self, ref: str, disk_id: str, request: DiskMedium, by: str) -> Job: ...

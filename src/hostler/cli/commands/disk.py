@@ -27,6 +27,7 @@ from hostler.model.units import format_size
         "add": "disk:add",
         "remove": "disk:remove",
         "move": "disk_change:move",
+        "flatten": "disk_change:flatten",
         "grow": "disk_change:grow",
         "limit": "disk_change:limit",
         "media": "disk_change:media",
@@ -34,7 +35,7 @@ from hostler.model.units import format_size
     },
 )
 def group() -> None:
-    """Disks of a VM: add, remove, move, grow, limit and change them while it runs."""
+    """Disks of a VM: add, remove, move, flatten, grow, limit and change them while it runs."""
 
 
 @click.command("list", cls=Command)
@@ -67,6 +68,7 @@ def list_(settings: Settings, vm: str) -> None:
 @click.option("--cache", type=click.Choice(["none", "writeback", "writethrough"]), help="How the host caches [none].")
 @click.option("--no-discard", is_flag=True, help="Do not give back what the guest trims.")
 @click.option("--serial", metavar="TEXT", help="Serial number the guest sees.")
+@click.option("--overlay", is_flag=True, help="Only read the image; what the guest writes goes into a new volume.")
 @click.option("--reservations", is_flag=True, help="The guest reserves the device or LUN itself (SCSI-3).")
 @options.DRY_RUN
 @options.WAIT
@@ -79,6 +81,7 @@ def add(settings: Settings, /, vm: str, new: int | None, dry_run: bool, wait: bo
     hostler disk add web1 --volume data
     hostler disk add web1 --new 20G --format vhdx
     hostler disk add web1 --device /dev/loop0
+    hostler disk add web1 --volume /srv/export/web_91AA.avhdx --overlay
     """
     if new is not None:
         return _add_new(settings, vm, new, dry_run, given)
@@ -105,6 +108,7 @@ def _disk(vm: str, given: dict[str, Any], **source: Any) -> Any:
         f"disk for vm {vm}",
         read_only=given["read_only"] or None,
         reservations=given["reservations"] or None,
+        overlay=given["overlay"] or None,
         discard=False if given["no_discard"] else None,
         **{key: given[key] for key in ("bus", "controller", "unit", "media", "cache", "serial")},
         **source,
@@ -114,6 +118,7 @@ def _disk(vm: str, given: dict[str, Any], **source: Any) -> Any:
 def _add_new(settings: Settings, vm: str, size: int, dry_run: bool, given: dict[str, Any]) -> int:
     """Makes the volume, attaches it, removes it again if attaching fails. Always waits: it could not undo otherwise."""
     only_with(bool(given["device"]), False, "--device", "an existing device, not --new")
+    only_with(given["overlay"], False, "--overlay", "an existing image, not --new")
     words = {"name": given["volume"], "path": given["path"], "format": given["format"]}
     new = NewDisk(",".join([str(size), *(f"{key}={value}" for key, value in words.items() if value)]))
     [name] = making.free_names(settings, vm, [new])

@@ -92,6 +92,40 @@ def moved(vm: str, disk: str, job: Json) -> str:
     return text
 
 
+@click.command("flatten", cls=Command)
+@options.VM
+@DISK
+@LIMIT
+@options.WAIT
+@click.pass_obj
+def flatten(settings: Settings, vm: str, disk: str, limit: int | None, wait: bool) -> int:
+    """Copy what a disk's lower layers hold into its top one, while the VM runs. Afterwards it needs them no more.
+
+    Ctrl-C leaves it running; pressed twice it cancels it, and the disk stays as it is.
+
+    \b
+    hostler disk flatten web1 disk0 --limit 100M
+    """
+    from hostler.model.disk_requests import DiskFlatten  # noqa: PLC0415
+
+    request = parsing.request(DiskFlatten, f"disk {disk}", limit=limit)
+    return run_job(
+        settings,
+        calls.disk_flatten(vm, disk, request),
+        wait=wait,
+        done=lambda job: flattened(vm, disk, job),
+        line=views.copy_line,
+        cancel_on_second=True,
+    )
+
+
+def flattened(vm: str, disk: str, job: Json) -> str:
+    """What is said when a disk needs its lower layers no more."""
+    result = job.get("result") or {}
+    freed = ", ".join(result.get("freed", []))
+    return f"disk {disk} of vm {vm} is one image, {result.get('path', '')}; it no longer needs {freed}"
+
+
 @click.command("grow", cls=Command)
 @options.VM
 @DISK

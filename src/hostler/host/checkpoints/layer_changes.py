@@ -157,7 +157,7 @@ async def layers_of(
             found.append(Layer(volume.path, volume.backing, fixed=True))
             held.add(volume.path)
     for path, layer in known.items():
-        fixed = os.path.realpath(path) in foreign or not can_take(layer, largest[path])
+        fixed = os.path.realpath(path) in foreign or layer.fixed or not can_take(layer, largest[path])
         parent = layer.backing.path if layer.backing is not None else None
         found.append(Layer(path, parent, made=os.path.realpath(path) in made, fixed=fixed))
     return found, held

@@ -30,6 +30,12 @@ def on_top(source: DiskSource, token: str, path: str) -> DiskSource:
     return DiskSource(path=path, format=ImageFormat.QCOW2, size=source.size, node=token, backing=source)
 
 
+def all_fixed(source: DiskSource) -> DiskSource:
+    """The chain as one that belongs to somebody else."""
+    below = all_fixed(source.backing) if source.backing is not None else None
+    return source.model_copy(update={"fixed": True, "backing": below})
+
+
 def without_top(source: DiskSource, token: str) -> DiskSource:
     """The chain without the top layer of that token. Harmless when it has it not."""
     return source.backing if source.node == token and source.backing is not None else source

@@ -16,6 +16,7 @@ from hostler.host.context import Host
 from hostler.host.operation import Operation, Params
 from hostler.host.operations.launching import claim, unclaim
 from hostler.host.steps import JobContext, Step
+from hostler.host.volumes.overlays import Overlay
 from hostler.model.disk import BUS_NAMES, Bus, Disk
 from hostler.model.errors import Busy, HostlerError, NotFound, WrongState
 from hostler.model.job import Job
@@ -57,7 +58,21 @@ def attach_steps(host: Host, actor: VmActor, params: Params) -> Sequence[Step]:
 
         await actor.change(edit)
 
-    return (_take(host, actor, disk), Step("plug", plug, unplug), Step("record", record))
+    making = _make(host, actor, disk, params)
+    return (*making, _take(host, actor, disk), Step("plug", plug, unplug), Step("record", record))
+
+
+def _make(host: Host, actor: VmActor, disk: Disk, params: Params) -> Sequence[Step]:
+    """Make the overlay that the disk is, if it is to be one. Undone, it goes, unless QEMU may still have it."""
+    if "overlay" not in params:
+        return ()
+    overlay = Overlay(host, disk, str(params["overlay"]))
+
+    async def undo(context: JobContext) -> None:
+        if actor.record.config.disk(disk.id) is None and not await _may_have(actor, disk):
+            await overlay.remove(context.job.id)
+
+    return (Step("overlay", overlay.make, undo),)
 
 
 def _take(host: Host, actor: VmActor, disk: Disk) -> Step:

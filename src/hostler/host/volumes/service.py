@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from hostler.host.checkpoints.layers import all_fixed
 from hostler.host.events import EventHub
 from hostler.host.jobs import JobRunner
 from hostler.host.pools.places import Places
@@ -204,7 +205,7 @@ class Volumes:
             return await inspect_device(request.device)
         if request.volume is None:
             return DiskSource(kind=SourceKind.EMPTY, path="")
-        writes = not request.read_only and request.media is Media.DISK
+        writes = not request.read_only and request.media is Media.DISK and not request.overlay
         return await self.resolve_image(request.volume, request.format, writes)
 
     async def resolve_image(self, ref: str, format: ImageFormat | None, writes: bool = False) -> DiskSource:
@@ -240,23 +241,37 @@ class Volumes:
         return DiskSource(path=found.path, format=found.format, size=found.size)
 
     async def _chain(self, volume: Volume) -> DiskSource:
-        """A volume with the layers below it, which are volumes, too (those of a deleted VM's disks, for example)."""
+        """A volume with the layers below it, which are volumes, too (those of a deleted VM's disks, for example); the
+        lowest one of an overlay may be any image."""
         layers, backing = [volume], volume.backing
-        while backing is not None:
+        source: DiskSource | None = None
+        while backing is not None and source is None:
             below = await self._known(backing)
             if below is None or len(layers) > MAX_LAYERS:
-                raise InvalidInput(
-                    f"volume {volume.name}",
-                    f"builds on {backing}, which is no volume of this host",
-                    f"register that image first: hostler volume register NAME {backing}",
-                )
-            layers.append(below)
-            backing = below.backing
-        source: DiskSource | None = None
-        for layer in reversed(layers):
+                source = await self._image_below(volume, backing)
+            else:
+                layers.append(below)
+                backing = below.backing
+        above = [None, *layers]
+        for over, layer in reversed(list(zip(above, layers, strict=False))):
             source = source_of(layer).model_copy(update={"backing": source})
+            if over is not None and over.owner is None:  # an overlay, which was made for no VM's checkpoint
+                source = all_fixed(source)
         assert source is not None
         return DiskSource.model_validate(source.model_dump())
+
+    async def _image_below(self, volume: Volume, path: str) -> DiskSource:
+        """An image that is no volume."""
+        try:
+            if await self._known(path) is None:
+                return (await self.resolve_image(path, None)).but(fixed=True)
+        except InvalidInput:  # raw: its format can only be said
+            pass
+        raise InvalidInput(
+            f"volume {volume.name}",
+            f"builds on {path}, which is no volume of this host",
+            f"register that image first: hostler volume register NAME {path}",
+        )
 
     async def _known(self, ref: str) -> Volume | None:
         try:
@@ -278,7 +293,7 @@ class Volumes:
 
     def is_deletable(self, disk: Disk) -> bool:
         """Whether deleting a VM with its disks deletes this one."""
-        return disk.source.kind is SourceKind.VOLUME and disk.writes and not disk.removable
+        return disk.source.kind is SourceKind.VOLUME and not disk.source.fixed and disk.writes and not disk.removable
 
     async def require_unused(self, paths: Sequence[str], but: str) -> None:
         """InUse if another VM than `but` holds one of these."""

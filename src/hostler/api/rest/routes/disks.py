@@ -11,7 +11,7 @@ from hostler.api.rest.routes.devices import DeviceRef
 from hostler.api.rest.routes.vms import DryRun, VmRef
 from hostler.api.rest.routes.waiting import JOB_ANSWERS, Answer
 from hostler.api.rest.state import App, By
-from hostler.model.disk_requests import DiskChange, DiskGrow, DiskLimits, DiskMedium, DiskMove
+from hostler.model.disk_requests import DiskChange, DiskFlatten, DiskGrow, DiskLimits, DiskMedium, DiskMove
 from hostler.model.job import Job
 from hostler.model.vm import VmRecord
 
@@ -53,6 +53,12 @@ async def move_disk(
     """Move a disk to another place, in another format if wanted, also while the VM runs."""
     outcome = await app.disks.move(vm, disk, request, by, dry_run)
     return await answer.answer(outcome) if isinstance(outcome, Job) else outcome
+
+
+@router.post("/vms/{vm}/disks/{disk}/flatten", responses=JOB_ANSWERS)
+async def flatten_disk(vm: VmRef, disk: DeviceRef, request: DiskFlatten, app: App, by: By, answer: Answer) -> Job:
+    """Copy what a disk's lower layers hold into its top one, while the VM runs; the lower ones are free afterwards."""
+    return await answer.answer(await app.disks.flatten(vm, disk, request, by))
 
 
 @router.post("/vms/{vm}/disks/{disk}/grow", responses=JOB_ANSWERS)
