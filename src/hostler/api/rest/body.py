@@ -22,7 +22,7 @@ DRAIN = 16 * MAX_BODY
 """Bytes of a too large body that are read and thrown away, so that the client, which reads the answer only when it
 has sent everything, sees why it was refused and not a broken connection."""
 
-NAMES = ("name", "host", "volume", "device", "path", "source", "role", "mode")
+NAMES = ("name", "host", "volume", "device", "path", "directory", "source", "role", "mode")
 """Fields of a body that the audit trail repeats. None of them is ever a secret."""
 
 Message = MutableMapping[str, Any]
