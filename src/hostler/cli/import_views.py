@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from hostler.cli.views import UNKNOWN, Facts, Json, Table
 from hostler.model.units import format_size
 
@@ -88,7 +90,7 @@ def _remarks(found: Json) -> Table:
 def done(job: Json) -> str:
     """What is said when an import is over."""
     name = (job.get("result") or {}).get("config", {}).get("name") or job.get("target_name") or job["target"]
-    return f"vm {name} is imported; start it with: hostler vm start {name}"
+    return f"vm {name} is imported; start it with: hostler vm start {shlex.quote(name)}"
 
 
 def export(found: Json) -> Facts:
