@@ -92,7 +92,7 @@ class StorageSteps:
         self._demo.say(f"    the guest sees {format_size(seen)}")
 
     async def _checkpoint_and_back_up(self) -> None:
-        self._demo.step("a checkpoint; then the guest writes on", f"hostler checkpoint create {self._vm} before")
+        self._demo.step("a checkpoint; then the guest writes on", f"hostler checkpoint create {self._vm} --name before")
         job = await self._ask(lambda c: c.checkpoints.create(self._vm, CheckpointCreate(name="before"), wait=60))
         self._measure(job, "checkpoint: command until all is done", "checkpoint")
         await self._serial.write(SERIAL, seed=SECOND, size=SIZE, offset=SIZE)
