@@ -150,7 +150,7 @@ class IncomingService:
             try:
                 await self._host.store.commit(Transaction([Put(_key(record.id), record.to_json())]))
                 await self._launch(guest, request)
-            except BaseException as error:
+            except BaseException as error:  # also when cancelled; raised again
                 await self._end(guest, f"it could not be prepared: {error}")
                 raise
             return await self._status(guest)

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from hostler.model.disk import Disk
-from hostler.model.errors import BadImage, QemuFailed, TimedOut
+from hostler.model.errors import BadImage, QemuFailed
 from hostler.model.mark import Part, mark
 from hostler.storage.chains.chain import Chain, open_chain
-from hostler.storage.export_process import START, control_option
+from hostler.storage.export_process import await_start, control_option
 from hostler.storage.image_locks import lock_for_reading
 from hostler.storage.waiting import in_thread
 
@@ -84,15 +84,6 @@ async def _spawn(control: str, nbd: str, name: str, chain: Chain, run_as: int | 
         pass_fds=[layer.file.fd for layer in chain.layers],
         env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
     )
-    try:
-        async with asyncio.timeout(START):
-            _, err = await process.communicate()
-    except TimeoutError as error:
-        raise TimedOut(f"export {nbd}", f"the chain server did not start within {START:.0f} s") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await asyncio.shield(process.communicate())
+    output = await await_start(process, nbd, "the chain server")
     if process.returncode != 0:
-        output = err.decode("utf-8", "replace").strip()[-4096:]
         raise QemuFailed(f"export {nbd}", f"the chain server did not start: {output}", output=output)

@@ -55,20 +55,26 @@ async def spawn(binary: str, control: str, nbd: str, pidfile: str, run_as: int |
         )
     except (FileNotFoundError, PermissionError) as error:
         raise _lacks(argv[0]) from error
+    output = await await_start(process, nbd, binary)
+    if process.returncode != 0:
+        if process.returncode in NOT_RUN and "failed to execute" in output:
+            raise _lacks(binary)
+        raise QemuFailed(f"export {nbd}", f"{binary} did not start: {output}", output=output)
+
+
+async def await_start(process: asyncio.subprocess.Process, nbd: str, name: str) -> str:
+    """Wait until a program that serves `nbd` has gone to the background, or failed (its return code says which); what
+    it wrote, at most 4 KiB. TimedOut after START seconds; then it is dead, as when this is cancelled."""
     try:
         async with asyncio.timeout(START):
             _, err = await process.communicate()
     except TimeoutError as error:
-        raise TimedOut(f"export {nbd}", f"{binary} did not start within {START:.0f} s") from error
+        raise TimedOut(f"export {nbd}", f"{name} did not start within {START:.0f} s") from error
     finally:
         if process.returncode is None:
             process.kill()
             await asyncio.shield(process.communicate())
-    if process.returncode != 0:
-        output = err.decode("utf-8", "replace").strip()[-4096:]
-        if process.returncode in NOT_RUN and "failed to execute" in output:
-            raise _lacks(binary)
-        raise QemuFailed(f"export {nbd}", f"{binary} did not start: {output}", output=output)
+    return err.decode("utf-8", "replace").strip()[-4096:]
 
 
 def control_option(control: str) -> str:

@@ -82,7 +82,7 @@ def write_whole(path: Path, content: bytes) -> None:
                 part.close()
                 Path(part.name).chmod(0o666 & ~_umask())
                 Path(part.name).replace(path)
-            except BaseException:
+            except BaseException:  # also Ctrl-C; raised again
                 Path(part.name).unlink(missing_ok=True)
                 raise
     except OSError as error:

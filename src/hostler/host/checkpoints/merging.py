@@ -216,7 +216,7 @@ class _Live:
                 await to_its_end(self._switch(machine))
             else:
                 await to_its_end(self._record_surely())
-        except BaseException:
+        except BaseException:  # also when cancelled; raised again
             await asyncio.shield(self._give_up(blocks))
             raise
         await blocks.forget(self._job)

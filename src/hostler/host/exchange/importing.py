@@ -65,7 +65,7 @@ class Imports:
         self._coming.add(plan.target)
         try:
             return await self._host.jobs.start(plan, by)
-        except BaseException:
+        except BaseException:  # also when cancelled; raised again
             self._coming.discard(plan.target)
             raise
 

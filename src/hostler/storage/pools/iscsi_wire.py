@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from hostler.model.errors import HostLacks, HostlerError, NotFound, NotPermitted
+from hostler.storage.pools.dial import connect
 
 MAX_SEGMENT = 256 * 1024
 """Bytes of one data segment that we declare to take."""
@@ -90,12 +91,7 @@ async def session(portal: str, login: Login) -> AsyncIterator[Session]:
     not known, NotPermitted where the log-in is refused, HostLacks for a target that wants what we have not."""
     subject = f"iSCSI portal {portal}"
     host, port = portal_parts(portal)
-    try:
-        reader, writer = await asyncio.open_connection(host, port)
-    except OSError as error:
-        raise NotFound(
-            subject, f"cannot be connected to: {error.strerror or error}", "check address and port"
-        ) from error
+    reader, writer = await connect(subject, host, port)
     try:
         opened = Session(subject, reader, writer)
         await opened.log_in(login)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from hostler.model.errors import HostLacks, NotFound, NotPermitted
 from hostler.model.pool import PoolSecrets
+from hostler.storage.pools.dial import connect
 
 _MAGIC, _HAVE_OPT, _REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
@@ -128,12 +129,7 @@ class Server:
 async def connected(host: str, port: int, context: ssl.SSLContext | None, hostname: str) -> AsyncIterator[Server]:
     """A server, negotiated with up to the choice of an export. NotFound, NotPermitted, HostLacks."""
     subject = f"NBD server {host}:{port}"
-    try:
-        reader, writer = await asyncio.open_connection(host, port)
-    except OSError as error:
-        raise NotFound(
-            subject, f"cannot be connected to: {error.strerror or error}", "check address and port"
-        ) from error
+    reader, writer = await connect(subject, host, port)
     try:
         server = Server(subject, reader, writer)
         await server.greet()
