@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from hostler.model.checkpoint import CheckpointKind
+from hostler.model.checkpoint_requests import CheckpointApply, CheckpointCreate
 from hostler.model.errors import HostlerError, NotFound
 from hostler.model.requests import MigrateRequest, VmCreate
 from hostler.model.units import MiB
@@ -123,3 +125,35 @@ def test_firmware_variables_and_tpm_come_along(lab: Lab) -> None:
         assert client.vms.get("secure").state is VmState.RUNNING
         client.jobs.finish(client.vms.act("secure", "turn-off", wait=30))
         client.vms.delete("secure")
+
+
+def test_its_checkpoints_come_along_and_can_be_merged_there(guest: Bench, source: LabHost) -> None:
+    """A checkpoint with memory, made here, is applied on the other host; another one is merged there while it runs."""
+    target = guest.other(source)
+    with source.client() as client:
+        client.jobs.finish(client.checkpoints.create("guest", CheckpointCreate(name="disks"), wait=60))
+        full = CheckpointCreate(name="full", kind=CheckpointKind.FULL)
+        client.jobs.finish(client.checkpoints.create("guest", full, wait=60))
+    guest.move(source, target)
+    guest.check(target)
+    with source.client() as client, pytest.raises(NotFound):
+        client.checkpoints.list("guest")
+    with target.client() as client:
+        assert {c.name for c in client.checkpoints.list("guest")} == {"disks", "full"}
+        client.jobs.finish(client.checkpoints.delete("guest", "disks", wait=60))
+    guest.check(target)
+    boot = guest.ask(target, _boot)
+    with target.client() as client:
+        client.jobs.finish(client.checkpoints.apply("guest", "full", CheckpointApply(turn_off=True), wait=60))
+        assert client.vms.get("guest").state is VmState.SAVED
+        client.jobs.finish(client.vms.act("guest", "restore", wait=60))
+    assert guest.ask(target, _boot) == boot, "the guest went on from its memory"
+    with target.client() as client:
+        client.jobs.finish(client.checkpoints.delete("guest", "full", wait=60))
+        assert client.checkpoints.list("guest") == []
+    guest.move(target, source)
+    guest.ask(source, _boot)
+
+
+async def _boot(serial: GuestSerial) -> str:
+    return str((await serial.ping()).boot)
