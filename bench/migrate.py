@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,16 @@ from pathlib import Path
 from bench import libvirt
 from bench.bare import by_hand
 from bench.measure import Contender, Result, Sample, in_turns
-from bench.stage import GATEWAY, GUEST_ADDRESS, guest_in, ms, now, workplace
+from bench.stage import BEAT_MS, free_udp_port, guest_in, heard_cmdline, ms, now, wait_up, workplace
 from bench.subject import Host, introduce
 from hostler.model.errors import InternalError
 from hostler.model.vm import VmRecord
 from hostler.testing import qemu_raw
-from hostler.testing.guestclient import GuestSerial
 from hostler.testing.microguest import MicroGuest
 from hostler.testing.observer import PauseMeter
 from hostler.testing.qemu_raw import RawQemu, RawSettings
 
 MEMORY_MIB = 1024
-BEAT_MS = 2
 DOWNTIME_LIMIT = 50
 TOTAL = "call to done, target start included"
 MOVE = "without the target's start"
@@ -135,30 +132,14 @@ def placed(line: list[str], place: Path, incoming: bool = False) -> list[str]:
     return [*(word.replace("PLACE", str(place)) for word in line), *(("-incoming", "defer") if incoming else ())]
 
 
-def free_udp_port() -> int:
-    """A UDP port nobody uses."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _cmdline(guest: MicroGuest, port: int) -> str:
-    return guest.with_network(GUEST_ADDRESS, GATEWAY, f"{GATEWAY}:{port}:{BEAT_MS}")
-
-
-async def _up(serial: Path) -> None:
-    async with GuestSerial.unix(serial) as guest:
-        await guest.wait_ready(120)
-
-
 async def _hostler(stack: contextlib.AsyncExitStack, place: Path, guest: MicroGuest) -> Hostler:
     first = await stack.enter_async_context(Host("a", place / "a").running())
     second = await stack.enter_async_context(Host("b", place / "b").running())
     await introduce(first, second)
     port = free_udp_port()
-    vm = await first.create("guest", guest, MEMORY_MIB, _cmdline(guest, port))
+    vm = await first.create("guest", guest, MEMORY_MIB, heard_cmdline(guest, port))
     await first.act(vm.config.id, "start")
-    await _up(first.serial(vm))
+    await wait_up(first.serial(vm))
     return Hostler(first, second, await first.vm(vm.config.id), port)
 
 
@@ -177,7 +158,7 @@ async def _bare(stack: contextlib.AsyncExitStack, place: Path, hostler: Hostler)
     settings = RawSettings(downtime_limit=DOWNTIME_LIMIT, keys=keys, late_block_activate=True)
     bare = Bare(machine, line, place, settings, port)
     stack.push_async_callback(bare.close)
-    await _up(here / "serial.sock")
+    await wait_up(here / "serial.sock")
     return bare
 
 
@@ -185,8 +166,8 @@ async def _virsh(stack: contextlib.AsyncExitStack, place: Path, guest: MicroGues
     first = await stack.enter_async_context(libvirt.Libvirtd("a", place / "va").running())
     second = await stack.enter_async_context(libvirt.Libvirtd("b", place / "vb").running())
     port = free_udp_port()
-    await first.virsh("create", str(libvirt.domain(place / "va", guest, MEMORY_MIB, _cmdline(guest, port))))
-    await _up(place / "va/serial.sock")
+    await first.virsh("create", str(libvirt.domain(place / "va", guest, MEMORY_MIB, heard_cmdline(guest, port))))
+    await wait_up(place / "va/serial.sock")
     for libvirtd in (first, second):
         await libvirtd.virsh("uri")
     return Virsh(first, second, port)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+from hostler.testing.guestclient import GuestSerial
 from hostler.testing.guestlink import GuestLink, Message, unix
 from hostler.testing.microguest import MicroGuest, build
 
@@ -18,6 +20,7 @@ PATIENCE = 120.0
 GUEST_ADDRESS = "10.0.2.15/24"
 """QEMU's NAT gives a guest this one, itself 10.0.2.2."""
 GATEWAY = "10.0.2.2"
+BEAT_MS = 2
 
 
 @contextlib.contextmanager
@@ -68,3 +71,21 @@ async def disk_seen(heard: asyncio.Queue[Message], event: str = "disk-added", se
 
 def now() -> float:
     return time.monotonic()
+
+
+def free_udp_port() -> int:
+    """A UDP port nobody uses."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def heard_cmdline(guest: MicroGuest, port: int) -> str:
+    """The kernel command line of a guest behind QEMU's NAT that tells that UDP port every BEAT_MS that it lives."""
+    return guest.with_network(GUEST_ADDRESS, GATEWAY, f"{GATEWAY}:{port}:{BEAT_MS}")
+
+
+async def wait_up(serial: Path) -> None:
+    """Wait until the guest on that serial socket is ready."""
+    async with GuestSerial.unix(serial) as guest:
+        await guest.wait_ready(120)

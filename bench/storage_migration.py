@@ -18,8 +18,7 @@ from pydantic import JsonValue
 from bench import libvirt
 from bench.bare import by_hand, scsi_bus
 from bench.measure import Contender, Result, Sample, in_turns
-from bench.migrate import free_udp_port
-from bench.stage import GATEWAY, GUEST_ADDRESS, guest_in, ms, now, workplace
+from bench.stage import BEAT_MS, free_udp_port, guest_in, heard_cmdline, ms, now, wait_up, workplace
 from bench.subject import WAIT, Host
 from hostler.client import calls
 from hostler.model.disk import ImageFormat
@@ -28,14 +27,12 @@ from hostler.model.errors import InternalError
 from hostler.model.requests import DiskAdd, VolumeRegister
 from hostler.model.units import GiB, MiB
 from hostler.model.vm import VmRecord
-from hostler.testing.guestclient import GuestSerial
 from hostler.testing.microguest import MicroGuest
 from hostler.testing.observer import PauseMeter
 from hostler.testing.qemu_raw import RawQemu
 
 MEMORY_MIB = 256
 SIZE = int(os.environ.get("HOSTLER_BENCH_DISK_MIB", "1024")) * MiB
-BEAT_MS = 2
 TOTAL = "call to done"
 PAUSE = "pause seen outside"
 
@@ -165,24 +162,15 @@ class Virsh:
         return took
 
 
-def _cmdline(guest: MicroGuest, port: int) -> str:
-    return guest.with_network(GUEST_ADDRESS, GATEWAY, f"{GATEWAY}:{port}:{BEAT_MS}")
-
-
-async def _up(serial: Path) -> None:
-    async with GuestSerial.unix(serial) as guest:
-        await guest.wait_ready(120)
-
-
 async def _hostler(stack: contextlib.AsyncExitStack, place: Path, guest: MicroGuest) -> Hostler:
     host = await stack.enter_async_context(Host("a", place / "a").running())
     pair, port = Pair(place, "h"), free_udp_port()
-    vm = await host.create("guest", guest, MEMORY_MIB, _cmdline(guest, port))
+    vm = await host.create("guest", guest, MEMORY_MIB, heard_cmdline(guest, port))
     volume = VolumeRegister(name="h", path=str(pair.here), format=ImageFormat.RAW)
     await host.client.send(calls.volume_register(volume))
     await host.client.finish(await host.client.send(calls.disk_add(vm.config.id, DiskAdd(volume="h"), wait=WAIT)), WAIT)
     await host.act(vm.config.id, "start")
-    await _up(host.serial(vm))
+    await wait_up(host.serial(vm))
     return Hostler(host, await host.vm(vm.config.id), pair, port)
 
 
@@ -195,7 +183,7 @@ async def _bare(stack: contextlib.AsyncExitStack, place: Path, hostler: Hostler)
     machine = await stack.enter_async_context(await RawQemu.start(line, here / "qmp.sock"))
     bare = Bare(machine, Pair(place, "q"), port)
     await bare.plug(scsi_bus(line))
-    await _up(here / "serial.sock")
+    await wait_up(here / "serial.sock")
     return bare
 
 
@@ -214,8 +202,8 @@ def _diskless(line: list[str]) -> list[str]:
 async def _virsh(stack: contextlib.AsyncExitStack, place: Path, guest: MicroGuest) -> Virsh:
     libvirtd = await stack.enter_async_context(libvirt.Libvirtd("a", place / "v").running())
     pair, port = Pair(place, "v"), free_udp_port()
-    await libvirtd.virsh("create", str(libvirt.domain(place / "v", guest, MEMORY_MIB, _cmdline(guest, port))))
-    await _up(place / "v/serial.sock")
+    await libvirtd.virsh("create", str(libvirt.domain(place / "v", guest, MEMORY_MIB, heard_cmdline(guest, port))))
+    await wait_up(place / "v/serial.sock")
     await libvirtd.virsh(
         *("attach-disk", libvirt.DOMAIN, str(pair.here), "sda", "--driver", "qemu", "--subdriver", "raw"),
         *("--cache", "none", "--targetbus", "scsi", "--live"),
